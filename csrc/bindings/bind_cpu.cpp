@@ -1,0 +1,276 @@
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "bindings/tensor_view.h"
+#include "core/error.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace eapo {
+namespace {
+
+constexpr int64_t kAny = -1;
+
+cpu::Storage storage_of(const TensorView& tensor) {
+  return tensor.is_bfloat16() ? cpu::Storage::kBFloat16 : cpu::Storage::kFloat32;
+}
+
+template <typename T>
+const T* vector_of(const TensorView& tensor, int64_t size) {
+  tensor.expect<T>().expect_shape({size}).expect_contiguous();
+  return tensor.as<T>();
+}
+
+// Every element must be in [0, limit).
+template <typename T>
+void check_indices(const TensorView& tensor, int64_t limit, const char* what) {
+  const T* values = tensor.as<T>();
+  for (int64_t i = 0; i < tensor.numel(); ++i)
+    require(values[i] >= 0 && values[i] < limit, tensor.name(), "[", i, "] is ", values[i],
+            ", but there are ", limit, " ", what);
+}
+
+// Bans grouped by sample: starts [N + 1] and the ids in that order.
+std::pair<std::vector<int32_t>, std::vector<int32_t>> grouped_bans(const TensorView& rows,
+                                                                   const TensorView& ids,
+                                                                   int64_t samples) {
+  std::vector<int32_t> starts(static_cast<size_t>(samples) + 1, 0);
+  std::vector<int32_t> grouped(static_cast<size_t>(rows.numel()));
+  for (int64_t i = 0; i < rows.numel(); ++i) ++starts[rows.as<int32_t>()[i] + 1];
+  for (int64_t n = 0; n < samples; ++n) starts[n + 1] += starts[n];
+  std::vector<int32_t> next(starts.begin(), starts.end() - 1);
+  for (int64_t i = 0; i < rows.numel(); ++i)
+    grouped[next[rows.as<int32_t>()[i]]++] = ids.as<int32_t>()[i];
+  return {std::move(starts), std::move(grouped)};
+}
+
+void check_draws(const cpu::SampleArgs& args) {
+  for (int64_t n = 0; n < args.samples; ++n) {
+    require(args.temperatures[n] >= 0 && std::isfinite(args.temperatures[n]), "temperatures[", n,
+            "] is ", args.temperatures[n], ", want a finite number >= 0 (0 is greedy)");
+    require(args.uniforms[n] >= 0 && args.uniforms[n] < 1, "uniforms[", n, "] is ",
+            args.uniforms[n], ", want a number in [0, 1)");
+  }
+}
+
+void check_drawn(const cpu::SampleArgs& args) {
+  for (int64_t n = 0; n < args.samples; ++n)
+    require(args.out_tokens[n] >= 0, "logits row ", args.sample_rows[n], " (sample ", n,
+            ") has no distribution: it holds NaN or +inf, or every token is -inf or banned");
+}
+
+void sample(py::handle logits_, py::handle sample_rows_, py::handle temperatures_,
+            py::handle top_ks_, py::handle top_ps_, py::handle min_ps_, py::handle uniforms_,
+            py::handle ban_rows_, py::handle ban_ids_, py::handle out_tokens_,
+            py::handle out_logprobs_, py::handle out_kept_) {
+  const TensorView logits(logits_, "logits"), sample_rows(sample_rows_, "sample_rows"),
+      temperatures(temperatures_, "temperatures"), top_ks(top_ks_, "top_ks"),
+      top_ps(top_ps_, "top_ps"), min_ps(min_ps_, "min_ps"), uniforms(uniforms_, "uniforms"),
+      ban_rows(ban_rows_, "ban_rows"), ban_ids(ban_ids_, "ban_ids"),
+      out_tokens(out_tokens_, "out_tokens"), out_logprobs(out_logprobs_, "out_logprobs"),
+      out_kept(out_kept_, "out_kept");
+  logits.expect_float32_or_bfloat16().expect_shape({kAny, kAny}).expect_packed_rows();
+  sample_rows.expect<int32_t>().expect_shape({kAny}).expect_contiguous();
+  ban_rows.expect<int32_t>().expect_shape({kAny}).expect_contiguous();
+  const int64_t samples = sample_rows.size(0);
+  ban_ids.expect<int32_t>().expect_shape({ban_rows.size(0)}).expect_contiguous();
+  check_indices<int32_t>(sample_rows, logits.size(0), "rows of logits");
+  check_indices<int32_t>(ban_rows, samples, "samples");
+  check_indices<int32_t>(ban_ids, logits.size(1), "tokens");
+  const auto [ban_starts, bans] = grouped_bans(ban_rows, ban_ids, samples);
+  vector_of<int64_t>(out_tokens, samples);
+  vector_of<float>(out_logprobs, samples);
+  vector_of<float>(out_kept, samples);
+  const cpu::SampleArgs args{
+      .logits = logits.data(),
+      .storage = storage_of(logits),
+      .rows = logits.size(0),
+      .vocab = logits.size(1),
+      .row_stride = logits.stride(0),
+      .samples = samples,
+      .sample_rows = sample_rows.as<int32_t>(),
+      .temperatures = vector_of<float>(temperatures, samples),
+      .top_ks = vector_of<int32_t>(top_ks, samples),
+      .top_ps = vector_of<float>(top_ps, samples),
+      .min_ps = vector_of<float>(min_ps, samples),
+      .uniforms = vector_of<float>(uniforms, samples),
+      .ban_starts = ban_starts.data(),
+      .ban_ids = bans.data(),
+      .out_tokens = out_tokens.as<int64_t>(),
+      .out_logprobs = out_logprobs.as<float>(),
+      .out_kept = out_kept.as<float>(),
+  };
+  check_draws(args);
+  const py::gil_scoped_release unlocked;
+  cpu::kernels().sample(args);
+  check_drawn(args);
+}
+
+// cu_q rises from 0 to T, no segment asks for more queries than keys, and every block is in range.
+void check_segments(const cpu::AttentionArgs& args, int64_t table_width) {
+  require(args.cu_q[0] == 0 && args.cu_q[args.segments] == args.tokens, "cu_q must run from 0 to ",
+          args.tokens, " (the rows of q), got ", args.cu_q[0], " to ", args.cu_q[args.segments]);
+  for (int64_t s = 0; s < args.segments; ++s) {
+    const int64_t queries = int64_t{args.cu_q[s + 1]} - args.cu_q[s], keys = args.kv_lens[s];
+    require(queries >= 0 && queries <= keys, "segment ", s, " has ", queries,
+            " query rows (cu_q) and ", keys, " keys (kv_lens), want 0 <= rows <= keys");
+    const int64_t used = (keys + args.block_size - 1) / args.block_size;
+    require(used <= table_width, "segment ", s, " needs ", used, " blocks for ", keys,
+            " keys, but block_tables has ", table_width, " columns");
+    for (int64_t b = 0; b < used; ++b) {
+      const int32_t block = args.block_tables[s * args.table_stride + b];
+      require(block >= 0 && block < args.blocks, "block_tables[", s, ", ", b, "] is ", block,
+              ", but the cache has ", args.blocks, " blocks");
+    }
+  }
+}
+
+void paged_attention(py::handle q_, py::handle k_, py::handle v_, py::handle k_cache_,
+                     py::handle v_cache_, py::handle slots_, py::handle cu_q_, py::handle kv_lens_,
+                     py::handle block_tables_, float scale, float softcap, int64_t window,
+                     py::handle out_) {
+  const TensorView q(q_, "q"), k(k_, "k"), v(v_, "v"), k_cache(k_cache_, "k_cache"),
+      v_cache(v_cache_, "v_cache"), slots(slots_, "slots"), cu_q(cu_q_, "cu_q"),
+      kv_lens(kv_lens_, "kv_lens"), block_tables(block_tables_, "block_tables"), out(out_, "out");
+  q.expect_float32_or_bfloat16().expect_shape({kAny, kAny, kAny}).expect_packed_rows();
+  k_cache.expect_same_dtype(q).expect_shape({kAny, kAny, kAny, q.size(2)}).expect_contiguous();
+  const int64_t tokens = q.size(0), heads = k_cache.size(2), dim = q.size(2);
+  v_cache.expect_same_dtype(q).expect_contiguous().expect_shape(
+      {k_cache.size(0), k_cache.size(1), heads, dim});
+  k.expect_same_dtype(q).expect_shape({tokens, heads, dim}).expect_packed_rows();
+  v.expect_same_dtype(q).expect_shape({tokens, heads, dim}).expect_packed_rows();
+  out.expect_same_dtype(q).expect_shape({tokens, q.size(1), dim}).expect_contiguous();
+  require(heads > 0 && q.size(1) % heads == 0, "q has ", q.size(1),
+          " heads, want a multiple of the ", heads, " heads of k_cache");
+  require(softcap >= 0, "softcap is ", softcap, ", want >= 0 (0 is off)");
+  require(window >= 0, "window is ", window, ", want >= 0 (0 is off)");
+  kv_lens.expect<int32_t>().expect_shape({kAny}).expect_contiguous();
+  const int64_t segments = kv_lens.size(0);
+  block_tables.expect<int32_t>().expect_shape({segments, kAny}).expect_packed_rows();
+  const cpu::AttentionArgs args{
+      .storage = storage_of(q),
+      .tokens = tokens,
+      .segments = segments,
+      .q_heads = q.size(1),
+      .kv_heads = heads,
+      .dim = dim,
+      .q = q.data(),
+      .k = k.data(),
+      .v = v.data(),
+      .q_stride = q.stride(0),
+      .k_stride = k.stride(0),
+      .v_stride = v.stride(0),
+      .k_cache = k_cache.data(),
+      .v_cache = v_cache.data(),
+      .blocks = k_cache.size(0),
+      .block_size = k_cache.size(1),
+      .slots = vector_of<int64_t>(slots, tokens),
+      .cu_q = vector_of<int32_t>(cu_q, segments + 1),
+      .kv_lens = kv_lens.as<int32_t>(),
+      .block_tables = block_tables.as<int32_t>(),
+      .table_stride = block_tables.stride(0),
+      .scale = scale,
+      .softcap = softcap,
+      .window = window,
+      .out = out.data(),
+  };
+  check_indices<int64_t>(slots, args.blocks * args.block_size, "slots in the cache");
+  check_segments(args, block_tables.size(1));
+  const py::gil_scoped_release unlocked;
+  cpu::kernels().paged_attention(args);
+}
+
+void copy_blocks(py::handle cache_, py::handle copies_) {
+  const TensorView cache(cache_, "cache"), copies(copies_, "copies");
+  cache.expect_float32_or_bfloat16().expect_contiguous();
+  copies.expect<int32_t>().expect_shape({kAny, 2}).expect_contiguous();
+  require(cache.ndim() > 1, "cache: want [blocks, ...], got shape ", cache.shape_text());
+  check_indices<int32_t>(copies, cache.size(0), "blocks");
+  if (copies.size(0) == 0) return;
+  const int64_t bytes = cache.numel() / cache.size(0) * (cache.is_bfloat16() ? 2 : 4);
+  const py::gil_scoped_release unlocked;
+  cpu::copy_blocks(cache.data(), bytes, copies.as<int32_t>(), copies.size(0));
+}
+
+template <typename Choice, size_t Count>
+Choice choice_of(const std::string& got, const char* name,
+                 const std::array<std::pair<const char*, Choice>, Count>& choices) {
+  std::string allowed;
+  for (const auto& [text, choice] : choices) {
+    if (got == text) return choice;
+    allowed += (allowed.empty() ? "" : ", ") + std::string(text);
+  }
+  throw InvalidArgument(join(name, " is '", got, "', want one of ", allowed));
+}
+
+using Center = cpu::AdvantageArgs::Center;
+using Scale = cpu::AdvantageArgs::Scale;
+constexpr std::array<std::pair<const char*, Center>, 4> kCenters{{{"mean", Center::kMean},
+                                                                  {"loo", Center::kLeaveOneOut},
+                                                                  {"length", Center::kLength},
+                                                                  {"none", Center::kNone}}};
+constexpr std::array<std::pair<const char*, Scale>, 3> kScales{
+    {{"std", Scale::kGroupStd}, {"batch_std", Scale::kBatchStd}, {"none", Scale::kNone}}};
+
+void group_advantages(py::handle rewards_, py::handle group_ids_, const std::string& center,
+                      const std::string& scale, py::object lengths_, double eps, int64_t ddof,
+                      py::object valid_, py::handle out_) {
+  const TensorView rewards(rewards_, "rewards"), group_ids(group_ids_, "group_ids"),
+      out(out_, "out");
+  const int64_t rollouts = rewards.expect_shape({kAny}).size(0);
+  cpu::AdvantageArgs args{.rollouts = rollouts,
+                          .rewards = vector_of<float>(rewards, rollouts),
+                          .group_ids = vector_of<int64_t>(group_ids, rollouts),
+                          .lengths = nullptr,
+                          .valid = nullptr,
+                          .center = choice_of(center, "center", kCenters),
+                          .scale = choice_of(scale, "scale", kScales),
+                          .eps = eps,
+                          .ddof = ddof,
+                          .out = nullptr};
+  vector_of<float>(out, rollouts);
+  args.out = out.as<float>();
+  if (!lengths_.is_none()) args.lengths = vector_of<int64_t>({lengths_, "lengths"}, rollouts);
+  if (!valid_.is_none()) {
+    const TensorView valid(valid_, "valid");
+    valid.expect<bool>().expect_shape({rollouts}).expect_contiguous();
+    args.valid = valid.as<bool>();
+  }
+  require(args.center != Center::kLength || args.lengths != nullptr,
+          "center 'length' needs lengths, got None");
+  const py::gil_scoped_release unlocked;
+  cpu::group_advantages(args);
+}
+
+}  // namespace
+
+void bind_cpu(py::module_& m) {
+  m.def("isa", [] { return cpu::kernels().isa; });
+  m.def("supported_isas", &cpu::supported_isas);
+  m.def("set_isa", &cpu::set_isa, py::arg("name"));
+  m.def("num_threads", &cpu::num_threads);
+  m.def("set_num_threads", &cpu::set_num_threads, py::arg("count"));
+  m.def("sample", &sample, py::arg("logits"), py::arg("sample_rows"), py::arg("temperatures"),
+        py::arg("top_ks"), py::arg("top_ps"), py::arg("min_ps"), py::arg("uniforms"),
+        py::arg("ban_rows"), py::arg("ban_ids"), py::arg("out_tokens"), py::arg("out_logprobs"),
+        py::arg("out_kept"));
+  m.def("paged_attention", &paged_attention, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"), py::arg("cu_q"),
+        py::arg("kv_lens"), py::arg("block_tables"), py::arg("scale"), py::arg("softcap"),
+        py::arg("window"), py::arg("out"));
+  m.def("copy_blocks", &copy_blocks, py::arg("cache"), py::arg("copies"));
+  m.def("group_advantages", &group_advantages, py::arg("rewards"), py::arg("group_ids"),
+        py::arg("center"), py::arg("scale"), py::arg("lengths"), py::arg("eps"), py::arg("ddof"),
+        py::arg("valid"), py::arg("out"));
+}
+
+}  // namespace eapo

@@ -1,0 +1,13 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace eapo {
+
+// Random numbers, block allocator, tag matcher, scheduler.
+void bind_core(pybind11::module_& m);
+
+// ISA choice, threads and the CPU kernels.
+void bind_cpu(pybind11::module_& m);
+
+}  // namespace eapo

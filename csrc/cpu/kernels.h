@@ -1,0 +1,73 @@
+// Arguments of the CPU kernels: borrowed pointers, sizes in elements, checked by the caller.
+#pragma once
+
+#include <cstdint>
+
+namespace eapo::cpu {
+
+// Storage type of floating-point tensors; arithmetic is fp32 for both.
+enum class Storage { kFloat32, kBFloat16 };
+
+// One draw per sample row: ban -> temperature -> top-k -> top-p -> min-p -> CDF inversion.
+struct SampleArgs {
+  const void* logits;  // [rows, vocab], row_stride apart
+  Storage storage;
+  int64_t rows, vocab, row_stride;
+  int64_t samples;             // N
+  const int32_t* sample_rows;  // [N] row of logits
+  const float* temperatures;   // [N], 0: argmax
+  const int32_t* top_ks;       // [N], <= 0: off
+  const float* top_ps;         // [N], >= 1: off
+  const float* min_ps;         // [N], <= 0: off
+  const float* uniforms;       // [N] in [0, 1)
+  const int32_t* ban_starts;   // [N + 1] range of each sample in ban_ids
+  const int32_t* ban_ids;      // [B] vocabulary ids
+  int64_t* out_tokens;         // [N]
+  float* out_logprobs;         // [N], NaN and token -1 where no finite distribution exists
+  float* out_kept;             // [N] probability mass kept by the truncation
+};
+
+// Paged causal attention of S segments whose query rows are packed in one [T, heads, dim] tensor.
+struct AttentionArgs {
+  Storage storage;                  // of q, k, v, both caches and out
+  int64_t tokens;                   // T
+  int64_t segments;                 // S
+  int64_t q_heads, kv_heads, dim;   // q_heads is a multiple of kv_heads
+  const void *q, *k, *v;            // rows of q_stride, k_stride, v_stride elements
+  int64_t q_stride, k_stride, v_stride;
+  void *k_cache, *v_cache;          // [blocks, block_size, kv_heads, dim]
+  int64_t blocks, block_size;
+  const int64_t* slots;             // [T] block * block_size + offset
+  const int32_t* cu_q;              // [S + 1]
+  const int32_t* kv_lens;           // [S], this step's tokens included
+  const int32_t* block_tables;      // [S, table_stride]
+  int64_t table_stride;
+  float scale, softcap;             // softcap 0: off
+  int64_t window;                   // keys seen by a row, itself included; 0: all
+  void* out;                        // [T, q_heads, dim] contiguous
+};
+
+// Group-relative advantages; kernels/group_advantages/reference.py gives the formulas.
+struct AdvantageArgs {
+  enum class Center { kNone, kMean, kLeaveOneOut, kLength };
+  enum class Scale { kNone, kGroupStd, kBatchStd };
+
+  int64_t rollouts;          // S
+  const float* rewards;      // [S]
+  const int64_t* group_ids;  // [S] any values; equal means same group
+  const int64_t* lengths;    // [S] policy tokens, only for Center::kLength
+  const bool* valid;         // [S] or null: all
+  Center center;
+  Scale scale;
+  double eps;
+  int64_t ddof;
+  float* out;  // [S], 0 where not valid
+};
+
+// Double accumulation in the order of the rollouts; one thread, the same on every instruction set.
+void group_advantages(const AdvantageArgs& args);
+
+// Copies whole blocks of `block_bytes`, pair after pair: a later pair sees what an earlier one wrote.
+void copy_blocks(void* cache, int64_t block_bytes, const int32_t* pairs, int64_t count);
+
+}  // namespace eapo::cpu

@@ -1,0 +1,128 @@
+// Vector arithmetic of one target: F holds EAPO_LANES floats, I as many int32.
+
+using F = float __attribute__((vector_size(EAPO_LANES * 4)));
+using I = int32_t __attribute__((vector_size(EAPO_LANES * 4)));
+using U = uint32_t __attribute__((vector_size(EAPO_LANES * 4)));
+using H = uint16_t __attribute__((vector_size(EAPO_LANES * 2)));
+
+constexpr int kLanes = EAPO_LANES;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+EAPO_INLINE F broadcast(float x) { return F{} + x; }
+
+EAPO_INLINE I iota() {
+  I v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+EAPO_INLINE F load(const float* p) {
+  F v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+EAPO_INLINE F load(const BFloat16* p) {
+  H h;
+  std::memcpy(&h, p, sizeof h);
+  const U bits = __builtin_convertvector(h, U) << 16;
+  return (F)bits;
+}
+
+// The first n < kLanes elements; the rest are `fill`.
+template <typename T>
+EAPO_INLINE F load_first(const T* p, int64_t n, T fill) {
+  T padded[kLanes];
+  for (int i = 0; i < kLanes; ++i) padded[i] = i < n ? p[i] : fill;
+  return load(padded);
+}
+
+EAPO_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+
+// Round to nearest even; NaN stays NaN.
+EAPO_INLINE void store(BFloat16* p, F v) {
+  const U bits = (U)v;
+  const U rounded = (bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16;
+  const U quiet = (bits >> 16) | 0x40u;
+  const H h = __builtin_convertvector(v != v ? quiet : rounded, H);
+  std::memcpy(p, &h, sizeof h);
+}
+
+template <typename T>
+EAPO_INLINE void store_first(T* p, int64_t n, F v) {
+  T padded[kLanes];
+  store(padded, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+// Of a NaN and a number the number survives.
+EAPO_INLINE F max(F a, F b) { return b > a ? b : a; }
+
+// Lane i takes lane i ^ Distance.
+template <int Distance>
+EAPO_INLINE F swapped(F v) {
+  const I lane = iota() ^ Distance;
+  return EAPO_SHUFFLE(v, v, lane);
+}
+
+template <int Distance = kLanes / 2>
+EAPO_INLINE float reduce_max(F v) {
+  v = max(v, swapped<Distance>(v));
+  if constexpr (Distance > 1) return reduce_max<Distance / 2>(v);
+  return v[0];
+}
+
+template <int Distance = kLanes / 2>
+EAPO_INLINE float reduce_sum(F v) {
+  v += swapped<Distance>(v);
+  if constexpr (Distance > 1) return reduce_sum<Distance / 2>(v);
+  return v[0];
+}
+
+// exp(x) for x <= 0 within 2 ulp; exp(0) is exactly 1, below -87 it is 0, NaN stays NaN.
+// Argument reduction by ln 2 and the minimax polynomial of the Cephes library.
+EAPO_INLINE F exp_nonpositive(F x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const F n = (x * 1.44269504f + kRound) - kRound;
+  const F r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  F p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const F in_range = x < -87.0f ? F{} : n;
+  const I exponent = (__builtin_convertvector(in_range, I) + 127) << 23;
+  return x < -87.0f ? F{} : p * (F)exponent;
+}
+
+EAPO_INLINE float exp_nonpositive(float x) { return exp_nonpositive(broadcast(x))[0]; }
+
+EAPO_INLINE F tanh(F x) {
+  const F magnitude = x < 0.0f ? -x : x;
+  const F e = exp_nonpositive(magnitude * -2.0f);
+  const F t = (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -t : t;
+}
+
+// One butterfly stage of the transpose: lanes with bit Distance change places between row pairs.
+template <int Distance>
+EAPO_INLINE void transpose_stage(F (&rows)[kLanes]) {
+  const I lane = iota();
+  const I high = (lane & Distance) != 0;
+  const I low_index = high ? lane - Distance + kLanes : lane;
+  const I high_index = high ? lane + kLanes : lane + Distance;
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & Distance) continue;
+    const F a = rows[i], b = rows[i + Distance];
+    rows[i] = EAPO_SHUFFLE(a, b, low_index);
+    rows[i + Distance] = EAPO_SHUFFLE(a, b, high_index);
+  }
+}
+
+template <int Distance = kLanes / 2>
+EAPO_INLINE void transpose(F (&rows)[kLanes]) {
+  transpose_stage<Distance>(rows);
+  if constexpr (Distance > 1) transpose<Distance / 2>(rows);
+}

@@ -1,0 +1,93 @@
+"""Group-relative advantages: one number a rollout, from the rewards of its prompt group."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from eapo_fast.errors import suggest
+from eapo_fast.kernels.backend import choose_backend
+from eapo_fast.kernels.checks import FLAGS, FLOATS, INTEGERS, check_tensor, compute_dtype
+from eapo_fast.kernels.group_advantages import reference
+from eapo_fast.recipes.recipe import CENTERS, SCALES
+
+__all__ = ["group_advantages"]
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    center: str = "mean",
+    scale: str = "std",
+    lengths: Tensor | None = None,
+    eps: float = 1e-6,
+    ddof: int = 1,
+    valid: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return `(reward - center) / scale` for each of S rollouts, float32 (float64 for float64).
+
+    Args:
+        rewards: [S] floating point.
+        group_ids: [S] integers; equal means same prompt group, in any order.
+        center: "mean" (GRPO, arXiv 2402.03300), "loo" (leave-one-out: RLOO, arXiv 2402.14740),
+            "length" (mean weighted by `lengths`: OPO, arXiv 2505.23585) or "none".
+        scale: "std" of the group, "batch_std" of all valid rollouts, or "none" (Dr.GRPO).
+        lengths: [S] policy tokens of each rollout; needed by center "length" only.
+        eps: added to the standard deviation.
+        ddof: the variance divides by n - ddof; 0 or 1.
+        valid: [S] flags; a rollout that is not valid gets 0 and enters no statistic.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    A group of one has center 0 and std 1; a constant group gives exactly 0. Raises `ValueError`
+    for arguments that do not fit and for a backend that cannot run here.
+    """
+    _check(rewards, group_ids, center, scale, lengths, eps, ddof, valid)
+    chosen = choose_backend("group_advantages", backend, _REFUSALS, rewards)
+    run = reference.group_advantages if chosen == "reference" else _load(chosen)
+    result: Tensor = run(
+        rewards.detach().to(compute_dtype(rewards.dtype)),
+        group_ids,
+        center=center,
+        scale=scale,
+        lengths=lengths,
+        eps=eps,
+        ddof=ddof,
+        valid=None if valid is None else valid != 0,
+    )
+    return result
+
+
+def _check(
+    rewards: Tensor,
+    group_ids: Tensor,
+    center: str,
+    scale: str,
+    lengths: Tensor | None,
+    eps: float,
+    ddof: int,
+    valid: Tensor | None,
+) -> None:
+    check_tensor("rewards", rewards, ["S"], FLOATS)
+    rollouts, device = rewards.shape[0], rewards.device
+    check_tensor("group_ids", group_ids, [rollouts], INTEGERS, device)
+    for name, value, allowed in (("center", center, CENTERS), ("scale", scale, SCALES)):
+        if value not in allowed:
+            words = ", ".join(allowed)
+            raise ValueError(
+                f"{name}: got {value!r}, allowed is one of {words}.{suggest(str(value), allowed)}"
+            )
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof: got {ddof!r}, allowed is 0 or 1")
+    if not eps >= 0:
+        raise ValueError(f"eps: got {eps!r}, allowed is 0 or more")
+    if lengths is not None:
+        check_tensor("lengths", lengths, [rollouts], (*INTEGERS, *FLOATS), device)
+    elif center == "length":
+        raise ValueError("lengths: center 'length' weights by the policy tokens of each rollout")
+    if valid is not None:
+        check_tensor("valid", valid, [rollouts], FLAGS, device)

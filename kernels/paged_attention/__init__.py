@@ -1,0 +1,75 @@
+"""Causal attention over a paged KV cache, with the write of the new keys and values fused in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eapo_fast import _core
+from eapo_fast.kernels.backend import choose_backend
+from eapo_fast.kernels.native import cpu_refusal, follow_torch_threads
+from eapo_fast.kernels.paged_attention import reference
+
+__all__ = ["copy_blocks", "paged_attention"]
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    slots: Tensor,
+    cu_q: Tensor,
+    kv_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Write `k`, `v` into the cache, then attend; returns [T, Hq, D] in the dtype of `q`.
+
+    S segments are packed along T. The rows of segment s are the last `q_len` of its `kv_lens[s]`
+    positions; row at position p sees keys `max(0, p - window + 1) .. p`. Query head h reads key head
+    `h // (Hq / Hkv)`. The result of a row does not depend on batch, chunking, block size or threads.
+
+    Args:
+        q: [T, Hq, D] float32 or bfloat16 (float64 too for the reference).
+        k, v: [T, Hkv, D], Hq a multiple of Hkv.
+        k_cache, v_cache: [blocks, block_size, Hkv, D] contiguous; changed in place at `slots`.
+        slots: [T] int64, `block * block_size + offset` of each token.
+        cu_q: [S + 1] int32, borders of the segments from 0 to T.
+        kv_lens: [S] int32, keys of each segment, this call's included.
+        block_tables: [S, B] int32, blocks of each segment; entries past its keys are not read.
+        scale: factor on q . k.
+        softcap: scores become `softcap * tanh(score / softcap)`; 0: off.
+        window: keys that a row sees, itself included; 0: all.
+        backend: "auto", "reference" (any device) or "cpu".
+
+    Raises `ValueError` or `TypeError` that names the argument which does not fit.
+    """
+    chosen = choose_backend("paged_attention", backend, {"cpu": cpu_refusal}, q)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    if chosen == "reference":
+        return reference.paged_attention(
+            q, k, v, k_cache, v_cache, slots, cu_q, kv_lens, block_tables, scale, softcap, window
+        )
+    follow_torch_threads()
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _core.paged_attention(
+        q, k, v, k_cache, v_cache, slots, cu_q, kv_lens, block_tables, scale, softcap, window, out
+    )
+    return out
+
+
+def copy_blocks(cache: Tensor, copies: Tensor, *, backend: str = "auto") -> None:
+    """Copy whole blocks inside `cache` [blocks, ...] by `copies` [C, 2] int32 (source, target).
+
+    No block may be the target of two pairs, or source of one and target of another.
+    """
+    if choose_backend("copy_blocks", backend, {"cpu": cpu_refusal}, cache) == "reference":
+        reference.copy_blocks(cache, copies)
+    else:
+        _core.copy_blocks(cache, copies)

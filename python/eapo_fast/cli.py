@@ -1,0 +1,266 @@
+"""The command line: `eapo-fast demo | train | eval | rollouts | info | compare`.
+
+Each command imports what it needs when it runs, so `--help` answers at once and without torch.
+An error of eapo_fast is one line on stderr and exit status 2; `EAPO_FAST_DEBUG=1` shows where it
+was raised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eapo_fast import env
+from eapo_fast.errors import ConfigError, EapoError
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("\neapo-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except EapoError as error:
+        if _debugging():
+            raise
+        print(f"eapo-fast: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return status
+
+
+def _debugging() -> bool:
+    try:
+        return env.DEBUG.get()
+    except ConfigError as error:
+        print(f"eapo-fast: {error}", file=sys.stderr)
+        return False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="eapo-fast",
+        description="Train language models with an expert's help, then let them work alone.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_demo, _add_train, _add_eval, _add_rollouts, _add_info, _add_compare):
+        add(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import eapo_fast
+
+        print(f"eapo-fast {eapo_fast.__version__}")
+        parser.exit()
+
+
+def _command(commands: Any, name: str, text: str, **options: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False, **options
+    )
+    return command
+
+
+def _add_demo(commands: Any) -> None:
+    command = _command(commands, "demo", "train the embedded model in a few minutes")
+    command.add_argument(
+        "--steps", type=_at_least(1), help="training steps (default: the full demo)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
+    command.add_argument(
+        "--out", default="runs/demo", metavar="DIR", help="where results go (default: runs/demo)"
+    )
+    command.add_argument(
+        "--expert",
+        choices=("calculator", "none"),
+        default="calculator",
+        help="who answers consults; none: plain self-exploratory training (default: calculator)",
+    )
+    command.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from eapo_fast.demo.run import run_demo
+
+    run_demo(
+        steps=arguments.steps,
+        seed=arguments.seed,
+        output_dir=arguments.out,
+        expert=arguments.expert == "calculator",
+    )
+    return 0
+
+
+def _add_train(commands: Any) -> None:
+    command = _command(
+        commands,
+        "train",
+        "train a model as a YAML file says",
+        usage="eapo-fast train [--dry-run] CONFIG.yaml [--key value ...]",
+        epilog="Keys are the fields of EAPOConfig (TRL's names) and model, train_dataset, "
+        "eval_dataset, reward_funcs and expert; --key value overrides the file, and --expert.model "
+        "x reaches into a mapping.",
+    )
+    command.add_argument("config", metavar="CONFIG.yaml", help="the run file")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the resolved run and stop"
+    )
+    command.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    command.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from eapo_fast.run_config import build_trainer, load_run
+
+    words = [word for word in arguments.overrides if word != "--dry-run"]
+    run = load_run(arguments.config, words)
+    trainer = build_trainer(run)
+    if arguments.dry_run or len(words) < len(arguments.overrides):
+        print(run.to_yaml(), end="")
+        print("\n".join(f"# {line}" for line in _counts(run.args, trainer)))
+        return 0
+    trainer.train()
+    return 0
+
+
+def _counts(args: Any, trainer: Any) -> list[str]:
+    """What follows from the settings, for the dry run."""
+    lines = [
+        f"{args.completions_per_step} rollouts per optimizer step",
+        f"{args.prompts_per_generation} prompt groups of {args.num_generations} rollouts are "
+        f"sampled at once, for {args.steps_per_cycle} optimizer step(s)",
+    ]
+    steps = getattr(getattr(trainer, "state", None), "max_steps", 0) or args.max_steps
+    if steps > 0:
+        lines.append(f"{steps} optimizer steps, {steps * args.completions_per_step} rollouts")
+    for name in ("train_dataset", "eval_dataset"):
+        rows = getattr(trainer, name, None)
+        if rows is not None:
+            lines.append(f"{len(rows)} rows in {name}")
+    return lines
+
+
+def _add_eval(commands: Any) -> None:
+    command = _command(commands, "eval", "measure the accuracy of a model on a JSONL file")
+    add = command.add_argument
+    add("--model", required=True, metavar="DIR", help="transformers directory")
+    add("--data", required=True, metavar="FILE.jsonl", help="problems with their answers")
+    add("--n", type=_at_least(1), default=1, help="samples per problem (default: 1)")
+    add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
+    add("--top-p", type=float, default=0.95, help="nucleus (default: 0.95)")
+    add("--max-tokens", type=_at_least(1), default=512, help="most new tokens (default: 512)")
+    add("--limit", type=_at_least(1), help="first rows only")
+    add("--seed", type=int, default=0, help="seed of the sampler (default: 0)")
+    add("--assisted", action="store_true", help="allow consults (otherwise the model works alone)")
+    add("--expert", choices=("calculator", "openai"), help="who answers when --assisted")
+    add("--expert-url", metavar="URL", help="chat-completions server of an openai expert")
+    add("--expert-model", metavar="NAME", help="model name at that server")
+    add("--expert-key-env", metavar="VAR", help="environment variable with the API key")
+    command.set_defaults(run=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    expert = _eval_expert(arguments)
+    from eapo_fast.evaluation import evaluate_model
+
+    result = evaluate_model(
+        arguments.model,
+        arguments.data,
+        n=arguments.n,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        max_tokens=arguments.max_tokens,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        expert=expert,
+    )
+    for name, value in result.items():
+        print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
+    return 0
+
+
+def _eval_expert(arguments: argparse.Namespace) -> Any:
+    """The expert of an assisted evaluation, None for a solo one."""
+    named = arguments.expert or arguments.expert_url
+    if not arguments.assisted:
+        if named:
+            raise ConfigError("--expert and --expert-url need --assisted: solo means no consults")
+        return None
+    if not named:
+        raise ConfigError("--assisted needs an expert: --expert calculator or --expert-url URL")
+    from eapo_fast.run_config import build_expert
+
+    if arguments.expert == "calculator":
+        return build_expert({"kind": "calculator"})
+    settings = {
+        "base_url": arguments.expert_url,
+        "model": arguments.expert_model,
+        "api_key_env": arguments.expert_key_env,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    return build_expert({"kind": "openai"} | given)
+
+
+def _add_rollouts(commands: Any) -> None:
+    command = _command(commands, "rollouts", "write a run's report page and print its path")
+    command.add_argument("run_dir", metavar="RUN_DIR", help="a directory with metrics.jsonl")
+    command.set_defaults(run=_rollouts)
+
+
+def _rollouts(arguments: argparse.Namespace) -> int:
+    from eapo_fast.reporting.report import write_report
+
+    print(write_report(Path(arguments.run_dir)))
+    return 0
+
+
+def _add_info(commands: Any) -> None:
+    command = _command(commands, "info", "print versions, devices and backends, for bug reports")
+    command.add_argument(
+        "--env", action="store_true", help="list the environment variables instead"
+    )
+    command.set_defaults(run=_info)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from eapo_fast.reporting.info import info_lines
+
+    print(env.table() if arguments.env else "\n".join(info_lines()))
+    return 0
+
+
+def _add_compare(commands: Any) -> None:
+    command = _command(commands, "compare", "train with and without the expert and compare (long)")
+    command.add_argument("options", nargs=argparse.REMAINDER, help="options of the comparison")
+    command.set_defaults(run=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from eapo_fast.demo.compare import main as compare
+
+    return compare(arguments.options) or 0
+
+
+def _at_least(least: int) -> Any:
+    def whole(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"got {value}, allowed is {least} or more")
+        return value
+
+    whole.__name__ = "whole number"
+    return whole
+
+
+if __name__ == "__main__":
+    sys.exit(main())

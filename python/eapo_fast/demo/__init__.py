@@ -1,0 +1,1 @@
+"""The embedded default: problems, policy and settings of `make demo`."""

@@ -1,0 +1,196 @@
+"""The loop thread's half: batches, concurrency, deadlines, retries and the breaker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from eapo_fast._core import keyed_uniform
+from eapo_fast.experts.base import ACCEPTED, ExpertReply
+from eapo_fast.experts.board import Board, Consult, Flight
+from eapo_fast.experts.breaker import Breaker
+from eapo_fast.experts.calling import call_expert
+
+BACKOFF_BASE = 0.5
+BACKOFF_CAP = 8.0
+
+
+def backoff(seed: int, flight: Flight) -> float:
+    """Full jitter in seconds, doubling per attempt; the draw is keyed by place and attempt."""
+    draw = keyed_uniform(seed, "retry", (*flight.request.place, flight.attempts))
+    return draw * min(BACKOFF_CAP, BACKOFF_BASE * 2.0 ** (flight.attempts - 1))
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of the expert."""
+
+    flights: list[Flight]
+    """What it carries, in order."""
+    task: asyncio.Task[None] | None = None
+    """Its task."""
+
+
+class Dispatcher:
+    """Sends flights to the expert. Every method runs on the loop thread."""
+
+    def __init__(self, board: Board, loop: asyncio.AbstractEventLoop, seed: int) -> None:
+        policy = board.policy
+        self.board = board
+        self.loop = loop
+        self.seed = seed
+        self.breaker = Breaker(policy.breaker_failures, policy.breaker_period)
+        self._batch_size = max(1, int(board.expert.max_batch_size))
+        self._slots = asyncio.Semaphore(policy.max_concurrency)
+        self._pending: deque[Flight] = deque()
+        self._age: asyncio.TimerHandle | None = None
+        self._resume_at = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def admit(self, consult: Consult, flight: Flight | None) -> None:
+        """Watch the deadline of a new consult and queue its flight if that is new too."""
+        if not consult.claimed:
+            consult.timer = self.loop.call_at(consult.deadline, self._expire, consult)
+        if flight is not None:
+            self._enqueue(flight)
+
+    def _expire(self, consult: Consult) -> None:
+        dead = self.board.quit(consult, "timeout")
+        if dead is not None:
+            self.reap(dead)
+
+    def reap(self, flight: Flight) -> None:
+        """Stop work that nobody waits for: cancel its call, or give its money back."""
+        call = flight.call
+        if call is None:
+            self.board.settle(flight, _unbilled())
+        elif call.task is not None and not any(other.waiters for other in call.flights):
+            call.task.cancel()
+
+    def _enqueue(self, flight: Flight) -> None:
+        self._pending.append(flight)
+        if len(self._pending) >= self._batch_size:
+            self._launch()
+        elif self._age is None:
+            self._age = self.loop.call_later(self.board.policy.max_wait, self.flush)
+
+    def flush(self) -> None:
+        """Send everything queued, in batches that may be short."""
+        while self._pending:
+            self._launch()
+
+    def _launch(self) -> None:
+        size = min(self._batch_size, len(self._pending))
+        taken = [self._pending.popleft() for _ in range(size)]
+        if self._age is not None and not self._pending:
+            self._age.cancel()
+            self._age = None
+        flights = [flight for flight in taken if flight.waiters]
+        if not flights:
+            return
+        call = Call(flights)
+        for flight in flights:
+            flight.call = call
+        call.task = self.loop.create_task(self._carry(call))
+        self._tasks.add(call.task)
+        call.task.add_done_callback(self._tasks.discard)
+
+    async def _carry(self, call: Call) -> None:
+        try:
+            await self._rest(call.flights)
+            async with self._slots:
+                outcomes = await self._attempt(call.flights)
+        except asyncio.CancelledError:
+            self._abandon(call)
+            raise
+        for flight in call.flights:
+            flight.call = None
+        for flight, reply in outcomes:
+            self._after(flight, reply)
+
+    async def _rest(self, flights: Sequence[Flight]) -> None:
+        """Wait while the expert asked everybody to; those who cannot wait so long end now."""
+        while (rest := self._resume_at - self.loop.time()) > 0:
+            reply = ExpertReply.failed("rate", "the expert's pause outlasts the deadline")
+            for flight in flights:
+                self._drop_late(flight, reply, self._resume_at)
+            if not any(flight.waiters for flight in flights):
+                return
+            await asyncio.sleep(rest)
+
+    async def _attempt(self, flights: Sequence[Flight]) -> list[tuple[Flight, ExpertReply]]:
+        live = [flight for flight in flights if flight.waiters]
+        dead = [(flight, _unbilled()) for flight in flights if not flight.waiters]
+        if not live:
+            return dead
+        if not self.breaker.allow(self.loop.time()):
+            self.board.counters.add("blocked_by_breaker", len(live))
+            blocked = ExpertReply.failed("down", "left alone after failures", billed=False)
+            return [*dead, *((flight, blocked) for flight in live)]
+        for flight in live:
+            flight.attempts += 1
+            flight.sent = True
+        self.board.counters.add("sent", len(live))
+        replies = await call_expert(self.board.expert, [flight.request for flight in live])
+        self._judge(replies)
+        return [*dead, *zip(live, replies, strict=True)]
+
+    def _judge(self, replies: Sequence[ExpertReply]) -> None:
+        now = self.loop.time()
+        if all(reply.status == "down" for reply in replies):
+            self.breaker.failure(now)
+        else:
+            self.breaker.success()
+        pauses = [reply.retry_after or 0.0 for reply in replies if reply.status == "rate"]
+        if pauses:
+            self._resume_at = max(self._resume_at, now + max(pauses))
+
+    def _abandon(self, call: Call) -> None:
+        """A call was cancelled: what was sent may have been billed."""
+        now = self.loop.time()
+        if any(flight.sent and flight.expired for flight in call.flights):
+            self.breaker.failure(now)
+        elif any(flight.sent for flight in call.flights):
+            self.breaker.abandon(now)
+        for flight in call.flights:
+            flight.call = None
+            self.board.settle(flight, None if flight.sent else _unbilled())
+
+    def _after(self, flight: Flight, reply: ExpertReply) -> None:
+        self.board.settle(flight, reply)
+        blocked = self.breaker.state != "closed" and reply.status == "down"
+        if reply.status in ACCEPTED or not reply.retry or blocked:
+            self._land(flight, reply)
+            return
+        for consult in flight.waiters:
+            consult.failures += 1
+        retries = self.board.policy.retries
+        self.board.drop(flight, reply, lambda consult: consult.failures > retries)
+        delay = max(backoff(self.seed, flight), reply.retry_after or 0.0)
+        self._drop_late(flight, reply, self.loop.time() + delay)
+        if flight.waiters:
+            self.loop.call_later(delay, self._retry, flight)
+
+    def _drop_late(self, flight: Flight, reply: ExpertReply, moment: float) -> None:
+        self.board.drop(flight, reply, lambda consult: consult.deadline <= moment)
+
+    def _retry(self, flight: Flight) -> None:
+        if not flight.waiters:
+            return
+        if self.board.reserve(flight):
+            self.board.counters.add("retries")
+            self._enqueue(flight)
+        else:
+            self._land(flight, ExpertReply.failed("budget"))
+
+    def _land(self, flight: Flight, reply: ExpertReply) -> None:
+        for consult in flight.waiters:
+            if consult.timer is not None:
+                consult.timer.cancel()
+        self.board.land(flight, reply)
+
+
+def _unbilled() -> ExpertReply:
+    return ExpertReply.failed("cancelled", billed=False)

@@ -1,0 +1,179 @@
+"""`LocalModel`: a transformers model in the process as the expert."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eapo_fast.errors import ConfigError, ModelError
+from eapo_fast.experts.base import ConsultRequest, ExpertReply, Usage
+from eapo_fast.experts.calling import PROMPT_OVERHEAD, text_bytes
+from eapo_fast.experts.chat import PROMPT, SYSTEM, messages, strip_thinking
+from eapo_fast.experts.sanitize import escape_tags
+from eapo_fast.experts.threads import DaemonPool
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LocalModel:
+    """Answers batches with `model.generate`, greedily, on one worker thread.
+
+    `model` and `tokenizer` are loaded objects or a local directory (then `tokenizer` may be
+    left out). Greedy decoding needs no random state, so that an expert never disturbs the
+    generators of the run. Special tokens in a query are made harmless before the query is encoded.
+    A reply that reaches `max_reply_tokens` is kept and flagged `truncated`.
+    """
+
+    immediate = False
+    priced = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | PathLike[str],
+        tokenizer: PreTrainedTokenizerBase | str | PathLike[str] | None = None,
+        *,
+        prompt: str = PROMPT,
+        system: str = SYSTEM,
+        max_reply_tokens: int = 256,
+        max_batch_size: int = 8,
+        device: str | None = None,
+    ) -> None:
+        if "{query}" not in prompt:
+            raise ConfigError("prompt has no {query}; the expert would never see the question.")
+        if min(max_reply_tokens, max_batch_size) < 1:
+            raise ConfigError("max_reply_tokens and max_batch_size must be 1 or more.")
+        self.model, self.tokenizer = _load(model, tokenizer, device)
+        self.prompt = prompt
+        self.system = system
+        self.max_reply_tokens = max_reply_tokens
+        self.max_batch_size = max_batch_size
+        self.name = str(getattr(self.model.config, "_name_or_path", "") or "local")
+        self._pool: DaemonPool | None = None
+
+    @property
+    def identity(self) -> str:
+        """Part of cache keys."""
+        return f"local:{self.name}:{self.max_reply_tokens}:{self.system}:{self.prompt}"
+
+    def worst_case(self, request: ConsultRequest) -> Usage:
+        """Bound on one call; free of charge."""
+        read = text_bytes(request) + len(f"{self.system}{self.prompt}".encode()) + PROMPT_OVERHEAD
+        return Usage(read, self.max_reply_tokens)
+
+    async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
+        """Generate one reply per request; when cancelled, generation stops at the next token."""
+        if self._pool is None:
+            self._pool = DaemonPool(1, "eapo-local-model")
+        stop = threading.Event()
+        try:
+            return await asyncio.wrap_future(self._pool.submit(self._generate, requests, stop))
+        finally:
+            stop.set()
+
+    def _generate(
+        self, requests: Sequence[ConsultRequest], stop: threading.Event
+    ) -> list[ExpertReply]:
+        import torch
+        from transformers import StoppingCriteria, StoppingCriteriaList
+
+        class Cancelled(StoppingCriteria):
+            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+                rows = input_ids.shape[0]
+                return torch.full((rows,), stop.is_set(), device=input_ids.device)
+
+        prompts = [self._encode(request) for request in requests]
+        ids, mask = self._left_padded(prompts)
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=self.max_reply_tokens,
+                do_sample=False,
+                pad_token_id=self._pad_id(),
+                stopping_criteria=StoppingCriteriaList([Cancelled()]),
+            )
+        rows = output[:, ids.shape[1] :].tolist()
+        return [self._reply(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+
+    def _encode(self, request: ConsultRequest) -> list[int]:
+        special = [token for token in self.tokenizer.all_special_tokens if token]
+        safe = ConsultRequest(
+            escape_tags(request.query, special), escape_tags(request.problem, special)
+        )
+        chat = messages(self.system, self.prompt, safe)
+        if getattr(self.tokenizer, "chat_template", None):
+            text = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True
+            )
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = "\n\n".join(message["content"] for message in chat) + "\n\nHint:\n"
+        return list(self.tokenizer(text)["input_ids"])
+
+    def _left_padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        width, pad = max(map(len, prompts)), self._pad_id()
+        ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        device = self.model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _pad_id(self) -> int:
+        ends = self._end_ids()
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else min(ends, default=0)
+
+    def _end_ids(self) -> set[int]:
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        return {int(end) for end in [*ends, self.tokenizer.eos_token_id] if end is not None}
+
+    def _reply(self, prompt: list[int], row: list[int]) -> ExpertReply:
+        ends = self._end_ids()
+        written = next((at for at, token in enumerate(row) if token in ends), len(row))
+        cut = written == self.max_reply_tokens
+        text = str(self.tokenizer.decode(row[:written], skip_special_tokens=True))
+        usage = Usage(len(prompt), min(written + 1, len(row)))
+        reply = strip_thinking(text)
+        if not reply:
+            return ExpertReply.failed(
+                "too_long" if cut else "malformed", "nothing outside the thinking", usage=usage
+            )
+        return ExpertReply(reply, usage, self.name, truncated=cut)
+
+    async def aclose(self) -> None:
+        """End the worker thread; a later call starts a new one."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+
+    def __repr__(self) -> str:
+        return f"LocalModel({self.name!r}, max_reply_tokens={self.max_reply_tokens})"
+
+
+def _load(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if tokenizer is None and not isinstance(model, str | PathLike):
+        raise ConfigError("tokenizer is missing; give it beside a loaded model.")
+    source = model if tokenizer is None else tokenizer
+    if isinstance(source, str | PathLike):
+        tokenizer = _from_directory(AutoTokenizer, source)
+    if isinstance(model, str | PathLike):
+        model = _from_directory(AutoModelForCausalLM, model).eval()
+    return (model if device is None else model.to(device)), tokenizer
+
+
+def _from_directory(loader: Any, path: str | PathLike[str]) -> Any:
+    if not Path(path).is_dir():
+        raise ModelError(f"{str(path)!r} is no directory; give a local transformers checkpoint.")
+    try:
+        return loader.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{str(path)!r} holds no transformers checkpoint: {error}") from error

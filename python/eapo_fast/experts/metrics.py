@@ -1,0 +1,61 @@
+"""Counters of one scheduler, drained into `expert/...` metrics."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+from eapo_fast.experts.base import STATUSES, ConsultResult
+
+COUNTS = ("asked", "sent", "saved_by_gate", "merged", "retries", "blocked_by_breaker", "truncated")
+"""Counters besides the statuses."""
+
+
+class Counters:
+    """Thread-safe sums since the last drain."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._latencies: list[float] = []
+        self._cost = 0.0
+        self._tokens = 0
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Count an event."""
+        with self._lock:
+            self._counts[name] += amount
+
+    def ended(self, result: ConsultResult) -> None:
+        """Count the end of a consult."""
+        with self._lock:
+            self._counts[result.status] += 1
+            self._counts["accepted"] += result.accepted
+            self._counts["truncated"] += result.truncated
+            if result.accepted:
+                self._latencies.append(result.latency)
+
+    def charged(self, tokens: int, cost: float) -> None:
+        """Count what a call was charged."""
+        with self._lock:
+            self._tokens += tokens
+            self._cost += cost
+
+    def drain(self) -> dict[str, float]:
+        """All metrics since the last drain; the set of names never changes."""
+        with self._lock:
+            counts, latencies = self._counts, sorted(self._latencies)
+            tokens, cost = self._tokens, self._cost
+            self._reset()
+        share = counts["accepted"] / counts["asked"] if counts["asked"] else 0.0
+        values = {name: float(counts[name]) for name in (*COUNTS, *STATUSES)}
+        values |= {"accepted_share": share, "tokens": float(tokens), "cost": cost}
+        values |= {"latency_p50": _rank(latencies, 0.50), "latency_p99": _rank(latencies, 0.99)}
+        return {f"expert/{name}": value for name, value in values.items()}
+
+
+def _rank(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0

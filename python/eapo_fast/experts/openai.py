@@ -1,0 +1,230 @@
+"""`OpenAICompatible`: any server that speaks chat-completions (vLLM, SGLang, hosted)."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import urllib.parse
+import weakref
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from eapo_fast.errors import ConfigError
+from eapo_fast.experts.base import ConsultRequest, ExpertReply, Usage
+from eapo_fast.experts.calling import PROMPT_OVERHEAD, text_bytes
+from eapo_fast.experts.chat import (
+    PROMPT,
+    SYSTEM,
+    messages,
+    parse_completion,
+    parse_error,
+    price,
+    request_body,
+)
+from eapo_fast.experts.secret import read_secret
+
+if TYPE_CHECKING:
+    import httpx
+
+CONNECT_SECONDS = 10.0
+PROBE_SECONDS = 3.0
+MAX_BODY_BYTES = 4 << 20
+
+
+class OpenAICompatible:
+    """Asks `{base_url}/chat/completions`, one request per call.
+
+    The scheduler owns retries and the deadline; here only connecting is bounded. The key is read
+    once from a variable or a file, goes into the Authorization header and nowhere else.
+    `prices` = (per million tokens read, per million written) makes money budgets possible.
+    `prompt` and `system` are templates with {problem} and {query}. Thinking blocks are removed; a
+    reply cut by the server at `max_reply_tokens` is kept and flagged `truncated`, or is
+    `too_long` if nothing but thinking was written. ConfigError for an unusable setting.
+    """
+
+    max_batch_size = 1
+    immediate = False
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key_env: str | None = None,
+        api_key_file: str | PathLike[str] | None = None,
+        prompt: str = PROMPT,
+        system: str = SYSTEM,
+        max_reply_tokens: int = 1024,
+        temperature: float = 0.0,
+        extra_body: Mapping[str, Any] | None = None,
+        prices: tuple[float, float] | None = None,
+    ) -> None:
+        self.base_url = _checked_url(base_url)
+        self.model = model
+        self.prompt = prompt
+        self.system = system
+        self.max_reply_tokens = max_reply_tokens
+        self.temperature = temperature
+        self.extra_body = dict(extra_body or {})
+        self.prices = prices
+        self._key = read_secret(api_key_env, api_key_file)
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._check()
+
+    def _check(self) -> None:
+        if "{query}" not in self.prompt:
+            raise ConfigError("prompt has no {query}; the expert would never see the question.")
+        if self.max_reply_tokens < 1:
+            raise ConfigError(f"max_reply_tokens is {self.max_reply_tokens}; it must be 1 or more.")
+        if self.prices is not None and not (len(self.prices) == 2 and min(self.prices) >= 0):
+            raise ConfigError(f"prices is {self.prices!r}; give (per million read, written) >= 0.")
+        try:
+            json.dumps(self.extra_body)
+        except (TypeError, ValueError):
+            raise ConfigError("extra_body must be JSON: text, numbers, lists, objects.") from None
+
+    @property
+    def priced(self) -> bool:
+        """Whether money can be capped."""
+        return self.prices is not None
+
+    @property
+    def identity(self) -> str:
+        """Part of cache keys: everything that decides a reply, and no key."""
+        return json.dumps([self.base_url, self.system, self.prompt, self._body_options()])
+
+    def _body_options(self) -> dict[str, Any]:
+        standard = {"max_tokens": self.max_reply_tokens, "temperature": self.temperature}
+        return {"model": self.model, **standard, **self.extra_body}
+
+    def worst_case(self, request: ConsultRequest) -> Usage:
+        """Bound on one call: bytes read, the reply cap written."""
+        read = text_bytes(request) + len(f"{self.system}{self.prompt}".encode()) + PROMPT_OVERHEAD
+        return Usage(read, self.max_reply_tokens, price(read, self.max_reply_tokens, self.prices))
+
+    async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
+        """One POST per request, at the same time if there are several."""
+        return list(await asyncio.gather(*(self._ask(request) for request in requests)))
+
+    async def _ask(self, request: ConsultRequest) -> ExpertReply:
+        import httpx
+
+        chat = messages(self.system, self.prompt, request)
+        body = request_body(self.model, chat, self._body_options())
+        try:
+            return await self._post(json.dumps(body).encode())
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            return ExpertReply.failed("down", _words(error), billed=False)
+        except httpx.HTTPError as error:
+            return ExpertReply.failed("down", _words(error))
+
+    async def _post(self, body: bytes) -> ExpertReply:
+        url = f"{self.base_url}/chat/completions"
+        async with self._client().stream("POST", url, content=body) as response:
+            payload = await _read(response)
+            if payload is None:
+                return ExpertReply.failed("too_long", f"the body passes {MAX_BODY_BYTES} bytes")
+            if not response.is_success:
+                return parse_error(response.status_code, response.headers, payload)
+            if response.headers.get("content-encoding", "identity") != "identity":
+                return ExpertReply.failed("malformed", "the body is compressed, unasked")
+            return parse_completion(payload, self.prices)
+
+    def _client(self) -> httpx.AsyncClient:
+        import httpx
+
+        loop = asyncio.get_running_loop()
+        client = self._clients.get(loop)
+        if client is None:
+            client = httpx.AsyncClient(
+                headers=self._headers(),
+                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
+                trust_env=not _is_loopback(self.base_url),
+            )
+            self._clients[loop] = client
+        return client
+
+    def _headers(self) -> dict[str, str]:
+        plain = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if self._key is None:
+            return plain
+        return {**plain, "Authorization": f"Bearer {self._key.reveal()}"}
+
+    def probe(self) -> str | None:
+        """Ask for the list of models within 3 s; any answer but a refused key is good."""
+        import httpx
+
+        try:
+            with (
+                httpx.Client(
+                    headers=self._headers(),
+                    timeout=PROBE_SECONDS,
+                    trust_env=not _is_loopback(self.base_url),
+                ) as client,
+                client.stream("GET", f"{self.base_url}/models") as response,
+            ):
+                code = response.status_code
+        except httpx.HTTPError as error:
+            return f"the expert at {self.base_url} cannot be reached: {_words(error)}"
+        if code in (401, 403):
+            return f"the expert at {self.base_url} refuses the key (HTTP {code})"
+        return None
+
+    async def aclose(self) -> None:
+        """Close the connections of the running loop."""
+        client = self._clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.aclose()
+
+    def __repr__(self) -> str:
+        key = "a key" if self._key else "no key"
+        return f"OpenAICompatible({self.base_url!r}, {self.model!r}, {key})"
+
+
+async def _read(response: httpx.Response) -> bytes | None:
+    """The raw body, or None once it passes the bound."""
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in response.aiter_raw():
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _checked_url(base_url: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(base_url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname)
+        plain = not (parts.username or parts.password or parts.query or parts.fragment)
+        _ = parts.port
+    except ValueError:
+        valid, plain = False, True
+    if not plain:
+        raise ConfigError(
+            "expert base_url holds a user, password, query or fragment; give the plain address "
+            "and put the key into api_key_env or api_key_file."
+        )
+    if not valid:
+        raise ConfigError(
+            f"expert base_url is {base_url!r}; give an address such as http://127.0.0.1:8000/v1."
+        )
+    return base_url.rstrip("/")
+
+
+def _is_loopback(url: str) -> bool:
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

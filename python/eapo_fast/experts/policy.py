@@ -1,0 +1,91 @@
+"""`ConsultPolicy`: everything about consulting that is not the expert and not the money."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import Literal, get_args
+
+from eapo_fast.errors import ConfigError, suggest
+from eapo_fast.experts.gate import SCHEDULES, Schedule, acceptance
+
+Gate = Literal["before_dispatch", "after_reply"]
+Dedup = Literal["in_flight", "off"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsultPolicy:
+    """How consults are admitted, sent, merged and bounded in time."""
+
+    schedule: Schedule = "constant"
+    """How acceptance falls with the step: inverse, constant, linear or cosine."""
+    schedule_offset: float = 1.0
+    """Last step with full acceptance (s0)."""
+    schedule_power: float = 1.0
+    """Exponent of the inverse schedule (p)."""
+    floor: float = 0.0
+    """Least acceptance."""
+    total_steps: int | None = None
+    """Step at which linear and cosine reach the floor."""
+    gate: Gate = "before_dispatch"
+    """Draw before the call (declined consults cost nothing) or after it (as the paper words it)."""
+    timeout: float = 60.0
+    """Seconds from submission after which a consult ends, whatever it waits for."""
+    max_concurrency: int = 64
+    """Calls to the expert in flight at once."""
+    max_wait: float = 0.02
+    """Seconds a request may wait for others to fill its batch."""
+    dedup: Dedup = "in_flight"
+    """Merge equal requests while one of them is in flight, or never."""
+    cache: str | PathLike[str] | None = None
+    """None, "memory", or the path of an SQLite file: accepted replies are bought once."""
+    record: str | PathLike[str] | None = None
+    """JSON-lines file that gets every consult, for `Recorded`."""
+    retries: int = 2
+    """Further attempts after a failure that may pass, inside the deadline."""
+    max_reply_tokens: int = 1024
+    """Cap on a reply, for budgets and (at 8 characters a token) for its text."""
+    breaker_failures: int = 8
+    """Failures in a row after which the expert is left alone for a while."""
+    breaker_period: float = 10.0
+    """Seconds between single probes of an expert that is down."""
+
+    def __post_init__(self) -> None:
+        _member("schedule", self.schedule, SCHEDULES)
+        _member("gate", self.gate, get_args(Gate))
+        _member("dedup", self.dedup, get_args(Dedup))
+        for name in ("schedule_offset", "schedule_power", "timeout", "breaker_period"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+        for name in ("max_concurrency", "max_reply_tokens", "breaker_failures"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of 1 or more")
+        for name in ("max_wait", "retries"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(0.0 <= self.floor <= 1.0, "floor", self.floor, "a number from 0 to 1")
+        self.acceptance(1)
+
+    def acceptance(self, step: int) -> float:
+        """rho(step) under this policy's schedule."""
+        return acceptance(
+            self.schedule,
+            step,
+            offset=self.schedule_offset,
+            power=self.schedule_power,
+            floor=self.floor,
+            total_steps=self.total_steps,
+        )
+
+    @property
+    def max_reply_chars(self) -> int:
+        """Characters of reply text kept; the rollout cuts again, in tokens."""
+        return 8 * self.max_reply_tokens
+
+
+def _require(holds: bool, name: str, got: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {got!r}; it must be {allowed}.")
+
+
+def _member(name: str, got: str, allowed: tuple[str, ...]) -> None:
+    if got not in allowed:
+        hint = suggest(str(got), allowed)
+        raise ConfigError(f"{name} is {got!r}; allowed are {', '.join(allowed)}.{hint}")

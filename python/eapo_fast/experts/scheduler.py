@@ -1,0 +1,250 @@
+"""`ConsultScheduler`: the one desk at which all consults of a run meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from eapo_fast.errors import ConfigError, ExpertError
+from eapo_fast.experts.base import (
+    ConsultHandle,
+    ConsultRequest,
+    ConsultStatus,
+    Expert,
+    ExpertReply,
+    ReplayMismatch,
+)
+from eapo_fast.experts.board import Board, Consult, Flight, logger
+from eapo_fast.experts.budget import Budget, Ledger
+from eapo_fast.experts.calling import call_expert, run_now
+from eapo_fast.experts.dispatch import Dispatcher
+from eapo_fast.experts.gate import gate_accepts, gate_draw
+from eapo_fast.experts.policy import ConsultPolicy
+from eapo_fast.experts.secret import redact
+from eapo_fast.experts.threads import LoopThread
+
+GRACE = 0.2
+"""Seconds after a deadline at which a waiting caller ends a consult that the loop did not."""
+
+
+class ConsultScheduler:
+    """Gates, budgets, merges, batches, sends and times out consults.
+
+    `submit` never blocks; every handle ends with a `ConsultResult`, at the latest at its
+    deadline, and nothing an expert does raises here (except `ReplayMismatch` of a strict
+    replay). Results are independent of completion order: the gate and the jitter are keyed
+    draws. An expert with `immediate=True` is answered on the caller's thread by `flush()`,
+    `wait()` or `result()`, without timers. Close it, or use it as a context manager: the
+    event-loop thread and all tasks end, and open consults become `cancelled`.
+    """
+
+    def __init__(
+        self,
+        expert: Expert,
+        policy: ConsultPolicy | None = None,
+        budget: Budget | Sequence[Budget] | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.expert = _checked_expert(expert)
+        self.policy = policy or ConsultPolicy()
+        self.ledger = Ledger(budget)
+        self.seed = seed
+        self.immediate = bool(getattr(expert, "immediate", False))
+        _check_prices(expert, self.ledger)
+        self._board = Board(expert, self.policy, self.ledger)
+        self._queue: list[Flight] = []
+        self._seen = 0
+        self._closed = False
+        self._thread: LoopThread | None = None
+        self._dispatcher: Dispatcher | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def acceptance(self, step: int) -> float:
+        """rho(step): the probability that a consult of this step is accepted."""
+        return self.policy.acceptance(step)
+
+    def submit(self, request: ConsultRequest) -> ConsultHandle:
+        """Ask; returns at once. ExpertError if the scheduler is closed."""
+        if self._closed:
+            raise ExpertError("this ConsultScheduler is closed; make a new one.")
+        consult = self._consult(request)
+        self._board.counters.add("asked")
+        if not consult.accept and self.policy.gate == "before_dispatch":
+            self._board.decline(consult)
+            return consult.handle
+        flight = self._board.enter(consult)
+        if self.immediate and flight is not None:
+            self._queue.append(flight)
+        elif not self.immediate and not consult.claimed:
+            self._call_loop(lambda desk: desk.admit(consult, flight))
+        return consult.handle
+
+    def _consult(self, request: ConsultRequest) -> Consult:
+        now = time.monotonic()
+        deadline = float("inf") if self.immediate else now + self.policy.timeout
+        accept = gate_accepts(self.acceptance(request.step), gate_draw(self.seed, request))
+        handle = ConsultHandle(request, self._wait_for, self._cancel)
+        return Consult(request, handle, now, deadline, accept)
+
+    def _call_loop(self, function: Callable[[Dispatcher], None]) -> None:
+        if self._thread is None:
+            self._thread = LoopThread("eapo-consults")
+            self._dispatcher = Dispatcher(self._board, self._thread.loop, self.seed)
+        self._thread.call(function, self._dispatcher)
+
+    def flush(self) -> None:
+        """Nothing more comes this tick: send short batches now; immediate experts answer now."""
+        if self.immediate:
+            self._answer_queue()
+        elif self._thread is not None:
+            self._call_loop(Dispatcher.flush)
+
+    def _answer_queue(self) -> None:
+        size = max(1, int(self.expert.max_batch_size))
+        while self._queue:
+            batch, self._queue = self._queue[:size], self._queue[size:]
+            live = [flight for flight in batch if flight.waiters]
+            if live:
+                self._answer(live)
+
+    def _answer(self, flights: Sequence[Flight]) -> None:
+        requests = [flight.request for flight in flights]
+        self._board.counters.add("sent", len(flights))
+        try:
+            replies = run_now(call_expert(self.expert, requests))
+        except ReplayMismatch:
+            raise
+        except ExpertError as error:
+            replies = [ExpertReply.failed("malformed", str(error))] * len(flights)
+        for flight, reply in zip(flights, replies, strict=True):
+            self._board.settle(flight, reply)
+            self._board.land(flight, reply)
+
+    def wait(self, timeout: float) -> bool:
+        """Block until a consult has ended since the last `wait`; False after `timeout` seconds.
+
+        Returns False at once when nothing is under way.
+        """
+        self._answer_queue()
+        end = time.monotonic() + timeout
+        board = self._board
+        while True:
+            with board.changed:
+                if board.completed > self._seen:
+                    self._seen = board.completed
+                    return True
+                if not board.outstanding:
+                    return False
+            if not self._sleep(end):
+                return False
+
+    def _wait_for(self, handle: ConsultHandle, timeout: float | None) -> None:
+        self._answer_queue()
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        while not handle.done() and self._sleep(end, handle):
+            pass
+
+    def _sleep(self, end: float, handle: ConsultHandle | None = None) -> bool:
+        """Sleep until something ends, `end`, or a deadline passes; False once `end` has come."""
+        board = self._board
+        with board.changed:
+            now = time.monotonic()
+            if now >= end:
+                return False
+            fresh = handle.done() if handle else board.completed > self._seen
+            if not fresh:
+                deadlines = (consult.deadline + GRACE for consult in board.outstanding)
+                until = min(end, min(deadlines, default=now + 1.0))
+                board.changed.wait(min(max(0.0, until - now), 3600.0))
+        for consult in board.overdue(time.monotonic(), GRACE):
+            self._quit(consult, "timeout")
+        return True
+
+    def _cancel(self, handle: ConsultHandle) -> None:
+        with self._board.changed:
+            mine = [one for one in self._board.outstanding if one.handle is handle]
+        for consult in mine:
+            self._quit(consult, "cancelled")
+
+    def _quit(self, consult: Consult, status: ConsultStatus) -> None:
+        dead = self._board.quit(consult, status)
+        if dead is None:
+            return
+        if self.immediate:
+            self._board.settle(dead, ExpertReply.failed(status, billed=False))
+        else:
+            self._call_loop(lambda desk: desk.reap(dead))
+
+    def drain_metrics(self) -> dict[str, float]:
+        """Counters `expert/...` since the last call; the set of names is fixed."""
+        return self._board.counters.drain()
+
+    def probe(self) -> str | None:
+        """A problem in words if the expert cannot be reached now; None if all is well."""
+        check = getattr(self.expert, "probe", None)
+        try:
+            problem = check() if check else None
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        return None if problem is None else redact(str(problem))
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state for a checkpoint: the budget ledger."""
+        return {"version": 1, "ledger": self.ledger.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; DataError if it is something else."""
+        self.ledger.load_state_dict(state.get("ledger", {}))
+
+    def close(self) -> None:
+        """End open consults as `cancelled`, then the tasks, the expert and the thread."""
+        if self._closed:
+            return
+        self._closed = True
+        with self._board.changed:
+            left = list(self._board.outstanding)
+        for consult in left:
+            self._quit(consult, "cancelled")
+        self._queue.clear()
+        if self._thread is not None:
+            if not self._thread.stop(self._farewell()):
+                logger.warning("the expert's code blocks the event loop; its thread is left behind")
+        elif self.immediate:
+            run_now(self._farewell())
+        self._board.close()
+
+    async def _farewell(self) -> None:
+        goodbye = getattr(self.expert, "aclose", None)
+        if goodbye is not None:
+            await goodbye()
+
+
+def _checked_expert(expert: Expert) -> Expert:
+    if callable(getattr(expert, "answer", None)) and getattr(expert, "max_batch_size", 0) >= 1:
+        return expert
+    raise ConfigError(
+        f"expert is {type(expert).__name__}; it needs max_batch_size >= 1 and an async method "
+        "answer(requests). Wrap a plain function as experts.Function(fn)."
+    )
+
+
+def _check_prices(expert: Expert, ledger: Ledger) -> None:
+    if ledger.caps_money and not getattr(expert, "priced", False):
+        raise ConfigError(
+            "expert_budget caps money, but the expert has no prices; give OpenAICompatible("
+            "prices=(per million read, per million written)) or Function(max_cost=...), "
+            "or cap consults or tokens."
+        )

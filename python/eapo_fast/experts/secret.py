@@ -1,0 +1,94 @@
+"""Keys that cannot be printed, and the redaction of text that may quote one."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import urllib.parse
+import weakref
+from os import PathLike
+from pathlib import Path
+from typing import NoReturn
+
+from eapo_fast.errors import ConfigError
+
+MASK = "[redacted]"
+_LIVE: weakref.WeakSet[Secret] = weakref.WeakSet()
+_LOOKS_SECRET = re.compile(
+    r"(?i)(bearer\s+|basic\s+|(?:api[-_]?key|token|secret|password)[\"']?\s*[=:]\s*[\"']?)"
+    r"[^\s\"',;&]+|\bsk-[\w-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+
+
+class Secret:
+    """A key whose every text form is masked; it can be neither pickled nor copied."""
+
+    __slots__ = ("__weakref__", "_value")
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+        _LIVE.add(self)
+
+    def reveal(self) -> str:
+        """The key itself: for a request header, nowhere else."""
+        return self._value
+
+    def forms(self) -> tuple[str, ...]:
+        """The key as it may appear in text: raw, URL-encoded, and in base64."""
+        raw = self._value.encode()
+        encodings = (base64.b64encode(raw), base64.urlsafe_b64encode(raw))
+        return (
+            self._value,
+            urllib.parse.quote(self._value, safe=""),
+            *(form.decode().rstrip("=") for form in encodings),
+        )
+
+    def __repr__(self) -> str:
+        return f"Secret({MASK})"
+
+    __str__ = __repr__
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Secret is never written; store the name of its variable or file.")
+
+
+def read_secret(env: str | None, file: str | PathLike[str] | None) -> Secret | None:
+    """Read a key from a variable or a file; None if neither is named.
+
+    ConfigError (which never shows the key) if both are named, or the key is missing or malformed.
+    """
+    if env is not None and file is not None:
+        raise ConfigError("api_key_env and api_key_file are both given; give one of them.")
+    if env is not None:
+        return _checked(os.environ.get(env, ""), f"api_key_env: the variable {env}")
+    if file is not None:
+        return _checked(_read(Path(file)), f"api_key_file: {file}")
+    return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"api_key_file: {path} cannot be read ({type(error).__name__}); "
+            "name a readable text file that holds the key alone."
+        ) from None
+
+
+def _checked(value: str, where: str) -> Secret:
+    key = value.strip()
+    if not key:
+        raise ConfigError(f"{where} holds no key; put the key there or drop the setting.")
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(f"{where} holds something that is not one printable ASCII word.")
+    return Secret(key)
+
+
+def redact(text: str) -> str:
+    """`text` without any live `Secret` and without what looks like a credential."""
+    for secret in list(_LIVE):
+        for form in secret.forms():
+            text = text.replace(form, MASK)
+    return _LOOKS_SECRET.sub(lambda match: f"{match.group(1) or ''}{MASK}", text)

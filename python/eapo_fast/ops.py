@@ -1,0 +1,22 @@
+"""The arithmetic of policy optimization: advantages, token statistics, losses.
+
+Every function takes `backend="auto"|"reference"|"cpu"|"triton"|"cuda"`: auto goes by device, and
+a backend that cannot run here raises `ValueError` with the reason. float64 in gives float64 out.
+"""
+
+from __future__ import annotations
+
+from eapo_fast.kernels.group_advantages import group_advantages
+from eapo_fast.kernels.linear_policy_loss import linear_policy_loss
+from eapo_fast.kernels.linear_token_stats import TokenStats, linear_token_stats
+from eapo_fast.kernels.policy_loss import LossOutput, PolicyBatch, policy_loss
+
+__all__ = [
+    "LossOutput",
+    "PolicyBatch",
+    "TokenStats",
+    "group_advantages",
+    "linear_policy_loss",
+    "linear_token_stats",
+    "policy_loss",
+]

@@ -1,0 +1,294 @@
+"""Collect multi-turn rollouts: decode, park, consult, inject, decode on.
+
+No row waits for another's expert: a row that closes a consult block leaves the batch, its queries
+go to the scheduler, and its reply joins as one chunk of masked tokens when it is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eapo_fast.engine import Rules, Sampler, SamplingParams, Session, Vocabulary
+from eapo_fast.errors import ConfigError
+from eapo_fast.experts import (
+    ConsultHandle,
+    ConsultRequest,
+    ConsultResult,
+    ConsultScheduler,
+    escape_tags,
+)
+from eapo_fast.rollout.protocol import ConsultProtocol, Piece
+from eapo_fast.rollout.types import FinishReason, Rollout, Segment, SegmentKind
+
+_POLL_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Trajectory:
+    """A row on its way to a `Rollout`."""
+
+    prompt: int
+    sample: int
+    prompt_id: int
+    turn: int = 0
+    turn_start: int = 0
+    kinds: list[SegmentKind] = field(default_factory=list)
+    requests: list[ConsultRequest] = field(default_factory=list)
+    results: list[ConsultResult] = field(default_factory=list)
+    pending: list[ConsultHandle] = field(default_factory=list)
+
+
+def collect_rollouts(
+    sampler: Sampler,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    protocol: ConsultProtocol | None = None,
+    scheduler: ConsultScheduler | None = None,
+    step: int = 1,
+    prompt_ids: Sequence[int] | None = None,
+    problems: Sequence[str] | None = None,
+    on_group: Callable[[list[Rollout]], None] | None = None,
+) -> list[Rollout]:
+    """Sample `params.n` rollouts of every prompt, answering their consults.
+
+    Args:
+        sampler: engine over the policy's parameters; with a tokenizer when a protocol is given.
+        prompts: token ids of each prompt.
+        params: how to sample; `max_tokens` counts policy tokens over all turns.
+        protocol: how consults are written; None with a scheduler means the default protocol.
+            A protocol without a scheduler is solo sampling: the opening tag is banned.
+        scheduler: answers consults; None means that none is possible.
+        step: training step, part of every random key and of the gate's schedule.
+        prompt_ids: names of the prompts in the random keys; None: list index.
+        problems: text handed to the expert beside the query; None: the decoded prompt.
+        on_group: called with a prompt group as soon as its last rollout has ended.
+
+    Returns:
+        Rollouts ordered by prompt, then sample.
+
+    Raises:
+        ConfigError: a protocol without a tokenizer, or a bad prompt.
+    """
+    if protocol is None and scheduler is not None:
+        protocol = ConsultProtocol()
+    if protocol is not None and sampler.vocabulary is None:
+        raise ConfigError("consults need a tokenizer: Sampler(model, tokenizer)")
+    with sampler.session(prompts, params) as session:
+        run = _Collection(sampler, session, params, protocol, scheduler, step, on_group)
+        run.add(prompts, prompt_ids or range(len(prompts)), problems)
+        run.decode()
+    return run.rollouts()
+
+
+class _Collection:
+    """The rows of one `collect_rollouts` call."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        session: Session,
+        params: SamplingParams,
+        protocol: ConsultProtocol | None,
+        scheduler: ConsultScheduler | None,
+        step: int,
+        on_group: Callable[[list[Rollout]], None] | None,
+    ) -> None:
+        self.session = session
+        self.params = params
+        self.protocol = protocol
+        self.scheduler = scheduler
+        self.step = step
+        self.on_group = on_group
+        self.vocabulary: Vocabulary | None = sampler.vocabulary
+        base = sampler.rules_of(params)
+        self.may_consult = _consult_rules(base, protocol)
+        self.alone = _solo_rules(base, protocol)
+        self.prompts: list[list[int]] = []
+        self.problems: list[str] = []
+        self.trajectories: dict[int, _Trajectory] = {}
+        self.groups: list[list[Rollout | None]] = []
+
+    def add(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prompt_ids: Sequence[int],
+        problems: Sequence[str] | None,
+    ) -> None:
+        """Queue every prompt group."""
+        self.prompts = [list(p) for p in prompts]
+        self.groups = [[None] * self.params.n for _ in prompts]
+        self.problems = list(problems) if problems is not None else self._decoded_prompts()
+        rules = self.may_consult if self._turns_left(0) else self.alone
+        for index, (prompt, name) in enumerate(zip(self.prompts, prompt_ids, strict=True)):
+            ids = self.session.add_group(
+                prompt, self.params, rules, prompt_id=name, step=self.step
+            )
+            for sample, seq in enumerate(ids):
+                self.trajectories[seq] = _Trajectory(index, sample, name)
+
+    def decode(self) -> None:
+        """Run until every rollout has ended."""
+        while self.session.unfinished:
+            events = self.session.step()
+            for event in events or ():
+                self._handle(event)
+            self._answer(idle=events is None)
+
+    def rollouts(self) -> list[Rollout]:
+        """Return all rollouts, ordered by prompt and sample."""
+        return [r for group in self.groups for r in group if r is not None]
+
+    def _decoded_prompts(self) -> list[str]:
+        if self.vocabulary is None:
+            return [""] * len(self.prompts)
+        return [self.vocabulary.plain_text(p) for p in self.prompts]
+
+    def _turns_left(self, turn: int) -> bool:
+        """Whether a consult in this turn would leave a turn to use its reply in."""
+        if self.protocol is None or self.scheduler is None:
+            return False
+        return turn + 1 < self.protocol.max_turns
+
+    def _handle(self, event: Any) -> None:
+        if event.kind == "finished":
+            self._finish(event.seq)
+        elif self._turns_left(self.trajectories[event.seq].turn):
+            self._consult(event.seq)
+        else:
+            self.session.finish(event.seq, "turns")
+            self._finish(event.seq)
+
+    def _consult(self, seq: int) -> None:
+        """Hand a parked row's queries to the scheduler, or answer a malformed block at once."""
+        assert self.protocol is not None and self.vocabulary is not None
+        trajectory = self.trajectories[seq]
+        tokens = self.session.row(seq).token_ids[trajectory.turn_start :]
+        queries = self.protocol.parse(self.vocabulary.text(int(t) for t in tokens))
+        if queries is None:
+            self._inject(seq, None)
+            return
+        assert self.scheduler is not None
+        for index, query in enumerate(queries):
+            request = ConsultRequest(
+                query,
+                self.problems[trajectory.prompt],
+                step=self.step,
+                prompt=trajectory.prompt_id,
+                rollout=trajectory.sample,
+                turn=trajectory.turn,
+                index=index,
+            )
+            trajectory.requests.append(request)
+            trajectory.pending.append(self.scheduler.submit(request))
+
+    def _answer(self, *, idle: bool) -> None:
+        """Inject every reply that is complete; with nothing to decode, wait for one."""
+        waiting = [s for s, t in self.trajectories.items() if t.pending]
+        if not waiting or self.scheduler is None:
+            return
+        self.scheduler.flush()
+        if not self.scheduler.immediate and idle and not any(self._answered(s) for s in waiting):
+            self.scheduler.wait(_POLL_SECONDS)
+        for seq in waiting:
+            if self.scheduler.immediate or self._answered(seq):
+                self._inject(seq, [h.result() for h in self.trajectories[seq].pending])
+
+    def _answered(self, seq: int) -> bool:
+        return all(handle.done() for handle in self.trajectories[seq].pending)
+
+    def _inject(self, seq: int, results: list[ConsultResult] | None) -> None:
+        """Append the reply (None: malformed block) in-line and let the row go on."""
+        assert self.protocol is not None
+        trajectory = self.trajectories[seq]
+        advised, pieces = self.protocol.answer(results)
+        trajectory.kinds.append("expert" if advised else "notice")
+        trajectory.results.extend(results or ())
+        trajectory.pending.clear()
+        trajectory.turn += 1
+        ids = [i for piece in pieces for i in self._encode(piece)]
+        if not self.session.inject(seq, ids):
+            self._finish(seq)
+            return
+        trajectory.turn_start = len(self.session.row(seq).token_ids)
+        if not self._turns_left(trajectory.turn):
+            self.session.set_rules(seq, self.alone)
+
+    def _encode(self, piece: Piece) -> list[int]:
+        assert self.protocol is not None and self.vocabulary is not None
+        if piece.origin == "tag":
+            return self.vocabulary.encode(piece.text)
+        return encode_reply(self.vocabulary, piece.text, self.protocol.tags)
+
+    def _finish(self, seq: int) -> None:
+        trajectory = self.trajectories.pop(seq)
+        row = self.session.row(seq)
+        self.session.release(seq)
+        reason: Any = row.finish_reason if np.isfinite(row.logprobs).all() else "error"
+        rollout = Rollout(
+            prompt_ids=self.prompts[trajectory.prompt],
+            token_ids=row.token_ids,
+            loss_mask=row.mask,
+            logprobs=row.logprobs,
+            segments=segments_of(row.mask, trajectory.kinds),
+            consults=trajectory.results,
+            requests=trajectory.requests,
+            finish_reason=_checked(reason),
+            group_id=trajectory.prompt,
+            sample_index=trajectory.sample,
+            prompt_id=trajectory.prompt_id,
+            banned=(row.ban_positions, row.ban_ids),
+        )
+        group = self.groups[trajectory.prompt]
+        group[trajectory.sample] = rollout
+        complete = [r for r in group if r is not None]
+        if self.on_group is not None and len(complete) == len(group):
+            self.on_group(complete)
+
+
+def encode_reply(vocabulary: Vocabulary, text: str, tags: Sequence[str]) -> list[int]:
+    """Tokenise a reply so that neither its ids nor their text hold a control token or a tag."""
+    ids = vocabulary.encode_foreign(escape_tags(text, tags))
+    if any(tag in vocabulary.text(ids) for tag in tags):
+        ids = vocabulary.encode_foreign(text.replace("<", "(").replace(">", ")"))
+    return ids
+
+
+def segments_of(mask: NDArray[np.uint8], kinds: Sequence[SegmentKind]) -> list[Segment]:
+    """Cut [N] tokens at the borders of the mask; the i-th masked run has the kind `kinds[i]`."""
+    borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
+    segments: list[Segment] = []
+    turn = 0
+    for start, stop in zip(borders, borders[1:], strict=False):
+        if start == stop:
+            continue
+        kind: SegmentKind = "policy" if mask[start] else kinds[turn]
+        segments.append(Segment(kind, start, stop, turn))
+        turn += kind != "policy"
+    return segments
+
+
+def _checked(reason: str) -> FinishReason:
+    allowed: tuple[FinishReason, ...] = ("stop", "length", "turns", "error")
+    return next(r for r in allowed if r == reason)
+
+
+def _consult_rules(base: Rules, protocol: ConsultProtocol | None) -> Rules:
+    return dataclasses.replace(base, park=(protocol.close_tag,)) if protocol else base
+
+
+def _solo_rules(base: Rules, protocol: ConsultProtocol | None) -> Rules:
+    """No consult: the opening tag is banned, a stray closing tag ends the rollout."""
+    if protocol is None:
+        return base
+    return dataclasses.replace(
+        base,
+        park=(protocol.close_tag,),
+        banned_strings=(*base.banned_strings, protocol.open_tag),
+    )

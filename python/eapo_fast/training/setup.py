@@ -1,0 +1,110 @@
+"""From what the user passed to a loaded, checked policy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from eapo_fast.config import EAPOConfig
+from eapo_fast.errors import ConfigError, ModelError
+
+
+def load_model(model: str | Path | PreTrainedModel, args: EAPOConfig) -> PreTrainedModel:
+    """Return the policy on its device, dropout off as `args` says.
+
+    Raises:
+        ModelError: `model` is neither a model nor a place that holds one.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
+    loaded = model if isinstance(model, PreTrainedModel) else _from_path(str(model))
+    loaded.to(device)  # type: ignore[arg-type]
+    if args.disable_dropout:
+        _disable_dropout(loaded)
+    if args.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable()
+    return loaded
+
+
+def load_tokenizer(processing_class: Any | None, model: PreTrainedModel) -> Any:
+    """Return the tokenizer, with a padding token.
+
+    Raises:
+        ModelError: none is found beside the model, or it has no EOS token.
+    """
+    tokenizer = processing_class
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"processing_class: no tokenizer found at {model.name_or_path!r}; pass one"
+            ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "processing_class: the tokenizer has no EOS token, so no rollout could ever end; set "
+            "tokenizer.eos_token"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def with_adapter(model: PreTrainedModel, peft_config: Any | None) -> Any:
+    """Wrap the model in a PEFT adapter when one is asked for."""
+    if peft_config is None:
+        return model
+    try:
+        from peft import get_peft_model
+    except ImportError as error:
+        raise ConfigError("peft_config needs the package peft: pip install peft") from error
+    return get_peft_model(model, peft_config)
+
+
+def output_folder(args: EAPOConfig, model: PreTrainedModel) -> Path:
+    """Return the run's folder, made and proven writable.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    name = Path(model.name_or_path or "model").name
+    folder = Path(args.output_dir or f"runs/{name}-EAPO")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {folder} cannot be written ({error.strerror}); choose another folder or "
+            f"mend its permissions"
+        ) from error
+    return folder
+
+
+def _from_path(path: str) -> PreTrainedModel:
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model: {path} has no config.json, so it is not a transformers model directory"
+        )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model: {path!r} is neither a transformers model directory nor a model that the hub "
+            f"or its cache gives ({reason})"
+        ) from error
+    return model
+
+
+def _disable_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0

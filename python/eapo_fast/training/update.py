@@ -1,0 +1,149 @@
+"""One optimizer step over packed micro-batches, with global token counts."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eapo_fast import ops
+from eapo_fast.config import EAPOConfig
+from eapo_fast.recipes import Recipe
+from eapo_fast.rollout import Rollout
+from eapo_fast.training.optimizer import LearningRate, build_optimizer
+from eapo_fast.training.packing import MicroBatch, micro_batches
+from eapo_fast.training.policy import Policy
+
+
+class Updater:
+    """Owns optimizer and reference model; turns scored rollouts into one update.
+
+    Args:
+        model: the policy, in place.
+        args: run settings.
+        recipe: how rewards and log-probabilities become a loss.
+        rate: learning rate over steps.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, args: EAPOConfig, recipe: Recipe, rate: LearningRate
+    ) -> None:
+        self.model = model
+        self.args = args
+        self.recipe = recipe
+        self.rate = rate
+        self.policy = Policy(model)
+        self.optimizer = build_optimizer(model, args)
+        self.reference = _frozen_copy(model) if recipe.beta else None
+        self.temperature = args.temperature / self.policy.logit_scale
+
+    def step(
+        self, rollouts: Sequence[Rollout], advantages: Sequence[float], step: int
+    ) -> dict[str, float]:
+        """Update the weights once.
+
+        Args:
+            rollouts: those that are trained; none may be empty of policy tokens.
+            advantages: one per rollout.
+            step: optimizer step, from 1.
+
+        Returns:
+            Metrics of the update. Without rollouts, or when loss or gradient is not finite, the
+            weights stay as they are (`skipped` is 1).
+        """
+        metrics = {"learning_rate": self.rate.at(step)}
+        if not rollouts:
+            return metrics | {"loss": 0.0, "grad_norm": 0.0, "skipped": 1.0}
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics |= self._backward(rollouts, advantages)
+        return metrics | self._apply(metrics["loss"], step)
+
+    def _backward(self, rollouts: Sequence[Rollout], advantages: Sequence[float]) -> dict[str, float]:
+        num_tokens = sum(r.num_policy_tokens for r in rollouts)
+        parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+        for batch in micro_batches(
+            rollouts,
+            advantages,
+            token_budget=self.args.micro_batch_tokens,
+            device=self.policy.device,
+        ):
+            with self.policy.attention(batch.row):  # type: ignore[attr-defined]
+                output = self._loss(batch, num_tokens, len(rollouts))
+                output.loss.backward()
+            parts["loss"].append(output.loss.detach())
+            for name, value in output.metrics.items():
+                parts[name].append(value)
+        return {name: _combined(name, values) for name, values in parts.items()}
+
+    def _loss(self, batch: MicroBatch, num_tokens: int, num_sequences: int) -> ops.LossOutput:
+        hidden = self._hidden(self.policy, batch)
+        return ops.linear_policy_loss(
+            hidden,
+            self.policy.weight,
+            batch.targets,
+            ops.PolicyBatch(
+                old_logprob=batch.old_logprobs,
+                advantages=batch.advantages,
+                cu_seqlens=batch.cu_targets,
+                ref_logprob=self._reference_logprobs(batch),
+                num_tokens=num_tokens,
+                num_sequences=num_sequences,
+            ),
+            self.recipe,
+            bias=self.policy.bias,
+            temperature=self.temperature,
+            softcap=self.policy.softcap,
+            banned=batch.banned,
+        )
+
+    def _hidden(self, policy: Policy, batch: MicroBatch) -> Tensor:
+        """Return [N, H] hidden states of the trained rows only."""
+        with torch.autocast(policy.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
+            hidden = policy.hidden(batch.input_ids, batch.position_ids, batch.row)
+        return hidden.index_select(0, batch.rows).to(policy.weight.dtype)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
+        if self.reference is None:
+            return None
+        with self.reference.attention(batch.row):  # type: ignore[attr-defined]
+            hidden = self._hidden(self.reference, batch)
+        return ops.linear_token_stats(
+            hidden,
+            self.reference.weight,
+            batch.targets,
+            bias=self.reference.bias,
+            temperature=self.temperature,
+            softcap=self.reference.softcap,
+            banned=batch.banned,
+        ).logprob
+
+    def _apply(self, loss: float, step: int) -> dict[str, float]:
+        trainable = [p for p in self.model.parameters() if p.grad is not None]
+        limit = self.args.max_grad_norm or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(trainable, limit))
+        finite = torch.isfinite(torch.tensor([loss, norm])).all().item()
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate.at(step)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "skipped": 0.0 if finite else 1.0}
+
+
+def _frozen_copy(model: PreTrainedModel) -> Policy:
+    """Return the reference: the policy's weights as they are now."""
+    return Policy(copy.deepcopy(model).eval().requires_grad_(False))
+
+
+def _combined(name: str, values: Sequence[Tensor]) -> float:
+    """Join a metric over micro-batches: extremes by extreme, all else is already a global share."""
+    stacked = torch.stack([v.detach().double() for v in values])
+    if name.endswith("max"):
+        return float(stacked.max())
+    return float(stacked.min() if name.endswith("min") else stacked.sum())

@@ -1,0 +1,164 @@
+"""Runs a Scheduler with a fake model that reads its prefixes from a fake paged cache."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from twin_decoder import TwinRow, TwinRules, fake_logprob, fake_token
+from twin_random import sample_uniform
+
+from eapo_fast import _core
+
+PIECES = ("<", "q", ">", "/", "a", "b", "<q", "q>", "</q", "/q>", "b<", "x</q>y", "<q>", "ab", "")
+"""Tags are split over these tokens in many ways, and some tokens hold a tag and more."""
+
+TOKEN_BYTES = [piece.encode() for piece in PIECES] + [f"w{i}".encode() for i in range(24)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What must not change any result (max_context aside)."""
+
+    num_blocks: int = 64
+    block_size: int = 4
+    max_batch: int = 8
+    max_step_tokens: int = 16
+    max_context: int = 48
+
+
+class Harness:
+    """A scheduler, its fake cache, and the twin of every row."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.scheduler = _core.Scheduler(**asdict(shape), token_bytes=TOKEN_BYTES)
+        slots = shape.num_blocks * shape.block_size
+        self.cache = np.full((shape.num_blocks, shape.block_size, 2), -1, dtype=np.int64)
+        self.flat = self.cache.reshape(slots, 2)
+        self.twins: dict[int, TwinRow] = {}
+        self.max_context = min(shape.max_context, slots)
+
+    def rules(self, rules: TwinRules) -> int:
+        """The id of these rules."""
+        return self.scheduler.add_rules(**{k: list(v) for k, v in _fields(rules).items()})
+
+    def add(
+        self, prompt: list[int], n: int, rules: TwinRules, *, max_tokens: int, prompt_id: int
+    ) -> list[int]:
+        """A prompt group and its twins."""
+        seqs = self.scheduler.add_group(
+            prompt, n, self.rules(rules), max_tokens, seed=11, step=3, prompt_id=prompt_id
+        )
+        for sample, seq in enumerate(seqs):
+            self.twins[seq] = TwinRow(
+                prompt=prompt,
+                rules=rules,
+                token_bytes=TOKEN_BYTES,
+                max_tokens=max_tokens,
+                max_context=self.max_context,
+                key=(11, 3, prompt_id, sample),
+            )
+        return seqs
+
+    def step(self) -> list[Any] | None:
+        """One plan, fake forward and commit, compared with the twins; None if nothing can run."""
+        runnable = [seq for seq, twin in self.twins.items() if twin.state == "runnable"]
+        plan = self.scheduler.plan()
+        assert (plan is None) == (not runnable)
+        if plan is None:
+            return None
+        self.scheduler.check()
+        assert min(runnable) in plan.seqs, "the oldest row must progress"
+        self._check_limits(plan)
+        self._write_cache(plan)
+        tokens, logprobs = self._sample(plan)
+        events = self.scheduler.commit(tokens, logprobs, np.ones(len(tokens), np.float32))
+        self.scheduler.check()
+        self._compare(plan.sample_seqs.tolist(), events)
+        return events
+
+    def _check_limits(self, plan: Any) -> None:
+        assert 0 < len(plan.input_ids) <= self.shape.max_step_tokens
+        assert len(plan.seqs) == len(set(plan.seqs.tolist())) <= self.shape.max_batch
+        assert self.scheduler.stats()["running"] <= self.shape.max_batch
+        assert np.all(np.diff(plan.cu_q) > 0)
+        assert len(set(plan.slots.tolist())) == len(plan.slots)
+
+    def _write_cache(self, plan: Any) -> None:
+        assert not set(plan.copies[:, 0]) & set(plan.copies[:, 1])
+        self.cache[plan.copies[:, 1]] = self.cache[plan.copies[:, 0]]
+        self.flat[plan.slots] = np.stack([plan.input_ids, plan.positions], axis=1)
+
+    def _prefix(self, plan: Any, row: int) -> list[int]:
+        """The tokens that the row's block table leads to, positions checked."""
+        entries = self.cache[plan.block_tables[row]].reshape(-1, 2)[: plan.kv_lens[row]]
+        assert np.array_equal(entries[:, 1], np.arange(plan.kv_lens[row]))
+        assert plan.positions[plan.cu_q[row + 1] - 1] == plan.kv_lens[row] - 1
+        return entries[:, 0].tolist()
+
+    def _sample(self, plan: Any) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.searchsorted(plan.cu_q, plan.logits_rows, side="right") - 1
+        prefixes = [self._prefix(plan, row) for row in rows]
+        tokens, logprobs = [], []
+        for i, (row, uniform) in enumerate(zip(plan.sample_rows, plan.uniforms, strict=True)):
+            banned = set(plan.ban_ids[plan.ban_rows == i].tolist())
+            tokens.append(fake_token(uniform, prefixes[row], banned, len(TOKEN_BYTES)))
+            logprobs.append(fake_logprob(uniform, prefixes[row]))
+        return np.array(tokens, np.int64), np.array(logprobs, np.float32)
+
+    def _compare(self, seqs: list[int], events: list[Any]) -> None:
+        expected = {}
+        for seq in seqs:
+            event = self.twins[seq].sample()
+            if event is not None:
+                expected[seq] = event
+            self.compare_row(seq)
+        assert {e.seq: (e.kind, e.pattern, e.overshoot) for e in events} == expected
+
+    def compare_row(self, seq: int) -> None:
+        """The scheduler's record of a row equals the twin's."""
+        got, twin = self.scheduler.tokens(seq), self.twins[seq]
+        assert got["token_ids"].tolist() == twin.token_ids
+        assert got["logprobs"].tolist() == twin.logprobs
+        assert got["mask"].tolist() == twin.mask
+        assert got["kept_mass"].tolist() == [1.0] * len(twin.mask)
+        assert list(zip(got["ban_positions"], got["ban_ids"], strict=True)) == twin.bans
+        assert got["finish_reason"] == twin.finish_reason
+
+    def inject(self, seq: int, ids: list[int]) -> bool:
+        """Injects into the row and its twin."""
+        accepted = self.scheduler.inject(seq, ids)
+        assert accepted == self.twins[seq].inject(ids)
+        self.compare_row(seq)
+        return accepted
+
+    def finish(self, seq: int, reason: str) -> None:
+        """Finishes the row and its twin."""
+        self.scheduler.finish(seq, reason)
+        self.twins[seq].finish(reason)
+        self.compare_row(seq)
+
+    def set_rules(self, seq: int, rules: TwinRules) -> None:
+        """Gives the row and its twin other rules."""
+        self.scheduler.set_rules(seq, self.rules(rules))
+        self.twins[seq].rules = rules
+
+    def release(self, seq: int) -> None:
+        """Forgets the row and its twin."""
+        self.scheduler.release(seq)
+        del self.twins[seq]
+
+    def rows(self, state: str) -> list[int]:
+        """Ids of the rows in a state of the twin: runnable, parked, done."""
+        return [seq for seq, twin in self.twins.items() if twin.state == state]
+
+    def expected_uniform(self, seq: int) -> float:
+        """The uniform of the row's next token."""
+        twin = self.twins[seq]
+        return sample_uniform(*twin.key, len(twin.token_ids))
+
+
+def _fields(rules: TwinRules) -> dict[str, tuple[Any, ...]]:
+    return asdict(rules)

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+from eapo_fast import cli
+from eapo_fast.errors import ConfigError
+
+COMMANDS = ["demo", "train", "eval", "rollouts", "info", "compare"]
+HEAVY = ("torch", "transformers", "matplotlib", "rich", "yaml", "numpy")
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Put a stand-in module with the given names into `sys.modules`."""
+
+    def put(name: str, **names):
+        stand_in = types.ModuleType(name)
+        vars(stand_in).update(names)
+        monkeypatch.setitem(sys.modules, name, stand_in)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    "words", [[], *([name] for name in COMMANDS if name != "compare")], ids=str
+)
+def test_help_answers_without_heavy_imports(words):
+    code = (
+        "import sys\nfrom eapo_fast.cli import main\n"
+        f"try:\n    main({[*words, '--help']!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: eapo-fast" in done.stdout
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n    {name} " in text for name in COMMANDS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("eapo-fast ")
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        pytest.param([], (None, 0, "runs/demo", True), id="defaults"),
+        pytest.param(
+            ["--steps", "3", "--seed", "5", "--out", "x", "--expert", "none"],
+            (3, 5, "x", False),
+            id="all",
+        ),
+    ],
+)
+def test_demo_hands_its_options_on(module, words, call):
+    seen = []
+
+    def run_demo(*, steps, seed, output_dir, expert):
+        seen.append((steps, seed, output_dir, expert))
+
+    module("eapo_fast.demo.run", run_demo=run_demo)
+    assert cli.main(["demo", *words]) == 0
+    assert seen == [call]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["demo", "--steps", "0"], ["demo", "--step", "3"], ["eval"], ["nonsense"], []],
+    ids=["zero-steps", "no-abbreviations", "missing-options", "unknown-command", "no-command"],
+)
+def test_usage_errors_leave_with_status_2(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert "usage: eapo-fast" in capsys.readouterr().err
+
+
+def test_errors_are_one_line_without_traceback(module, capsys, monkeypatch):
+    def run_demo(**_):
+        raise ConfigError("output_dir: cannot write")
+
+    monkeypatch.delenv("EAPO_FAST_DEBUG", raising=False)
+    module("eapo_fast.demo.run", run_demo=run_demo)
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == "eapo-fast: error: output_dir: cannot write\n"
+    monkeypatch.setenv("EAPO_FAST_DEBUG", "1")
+    with pytest.raises(ConfigError):
+        cli.main(["demo"])
+
+
+def test_interruption_leaves_with_status_130(module, capsys):
+    def run_demo(**_):
+        raise KeyboardInterrupt
+
+    module("eapo_fast.demo.run", run_demo=run_demo)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "\neapo-fast: interrupted\n"
+
+
+class FakeTrainer:
+    def __init__(self, model, rewards, args, train_dataset, eval_dataset, *, expert):
+        self.train_dataset, self.eval_dataset, self.trained = [1] * 7, None, False
+
+    def train(self):
+        type(self).last = self
+
+
+@pytest.fixture
+def run_file(tmp_path, module):
+    module("eapo_fast.trainer", Trainer=FakeTrainer)
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: m\ntrain_dataset: t.jsonl\nreward_funcs: math.fsum\nmax_steps: 3\n"
+        "per_device_train_batch_size: 16\n"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before-file", "after-file"])
+def test_dry_run_prints_the_resolved_run_and_its_counts(run_file, capsys, early):
+    words = ["--dry-run", run_file] if early else [run_file, "--dry-run"]
+    assert cli.main(["train", *words, "--seed", "9"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "model: m",
+        "seed: 9",
+        "# 16 rollouts per optimizer step",
+        "# 2 prompt groups of 8 rollouts are sampled at once, for 1 optimizer step(s)",
+        "# 3 optimizer steps, 48 rollouts",
+        "# 7 rows in train_dataset",
+    ):
+        assert line in out.splitlines()
+    assert not hasattr(FakeTrainer, "last")
+
+
+def test_train_trains(run_file, monkeypatch):
+    monkeypatch.setattr(FakeTrainer, "last", None, raising=False)
+    assert cli.main(["train", run_file]) == 0
+    assert FakeTrainer.last is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["--sede", "3"], "Did you mean 'seed'", id="typo"),
+        pytest.param(["stray"], "expected --key value", id="stray"),
+        pytest.param(["--max-steps", "soon"], "max_steps: got 'soon'", id="type"),
+    ],
+)
+def test_train_refuses_bad_overrides_in_one_line(run_file, capsys, words, message):
+    assert cli.main(["train", run_file, *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["--expert", "calculator"], "need --assisted", id="solo-with-expert"),
+        pytest.param(["--assisted"], "needs an expert", id="assisted-without"),
+    ],
+)
+def test_eval_refuses_contradictions(capsys, words, message):
+    assert cli.main(["eval", "--model", "m", "--data", "d", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_eval_prints_what_was_measured(module, capsys):
+    def evaluate_model(model, data, **options):
+        assert (model, data, options["n"], options["expert"]) == ("m", "d", 4, None)
+        return {"eval_solo_accuracy": 0.25, "eval_solo_n": 200}
+
+    module("eapo_fast.evaluation", evaluate_model=evaluate_model)
+    assert cli.main(["eval", "--model", "m", "--data", "d", "--n", "4"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["eval_solo_accuracy", "0.2500"], ["eval_solo_n", "200"]]
+
+
+def test_rollouts_prints_the_path_of_the_page(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    assert cli.main(["rollouts", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    assert cli.main(["rollouts", str(tmp_path / "absent")]) == 2
+    assert "not a run directory" in capsys.readouterr().err
+
+
+def test_compare_hands_everything_on(module):
+    seen = []
+    module("eapo_fast.demo.compare", main=seen.append)
+    assert cli.main(["compare", "--seeds", "3"]) == 0
+    assert seen == [["--seeds", "3"]]
+
+
+def test_info_names_versions_isa_and_backends(capsys):
+    pytest.importorskip("torch")
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("eapo_fast", "python", "torch", "transformers", "triton", "flash-attn",
+                 "native core", "CUDA devices", "backends"):  # fmt: skip
+        assert f"\n{word} " in f"\n{out}"
+
+
+def test_info_works_without_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from eapo_fast.cli import main; raise SystemExit(main(['info']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "unknown (torch not installed)" in done.stdout
+
+
+def test_info_lists_the_environment(capsys):
+    assert cli.main(["info", "--env"]) == 0
+    assert "`EAPO_FAST_DEBUG`" in capsys.readouterr().out
