@@ -31,7 +31,8 @@ def module(monkeypatch):
 def test_help_answers_without_heavy_imports(words):
     code = (
         "import sys\nfrom eapo_fast.cli import main\n"
-        f"try:\n    main({[*words, '--help']!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"try:\n    main({[*words, '--help']!r})\n"
+        "except SystemExit as end:\n    assert not end.code\n"
         f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -56,7 +57,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("words", "call"),
     [
-        pytest.param([], (None, 0, "runs/demo", True), id="defaults"),
+        pytest.param([], (None, None, "runs/demo", True), id="defaults"),
         pytest.param(
             ["--steps", "3", "--seed", "5", "--out", "x", "--expert", "none"],
             (3, 5, "x", False),
@@ -111,7 +112,10 @@ def test_interruption_leaves_with_status_130(module, capsys):
 
 class FakeTrainer:
     def __init__(self, model, rewards, args, train_dataset, eval_dataset, *, expert):
-        self.train_dataset, self.eval_dataset, self.trained = [1] * 7, None, False
+        self.args = args
+
+    def describe(self):
+        return {"completions_per_step": self.args.completions_per_step, "train_prompts": 7}
 
     def train(self):
         type(self).last = self
@@ -136,10 +140,8 @@ def test_dry_run_prints_the_resolved_run_and_its_counts(run_file, capsys, early)
     for line in (
         "model: m",
         "seed: 9",
-        "# 16 rollouts per optimizer step",
-        "# 2 prompt groups of 8 rollouts are sampled at once, for 1 optimizer step(s)",
-        "# 3 optimizer steps, 48 rollouts",
-        "# 7 rows in train_dataset",
+        "# completions per step: 16",
+        "# train prompts: 7",
     ):
         assert line in out.splitlines()
     assert not hasattr(FakeTrainer, "last")

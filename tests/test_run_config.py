@@ -80,9 +80,9 @@ def test_override_words_are_yaml_scalars(words, settings):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-4", 1e-4), ("1E5", 1e5), ("-.5", -0.5), ("3.", 3.0), ("1_000", 1000), ("007", "007"),
+        ("1e-4", 1e-4), ("1E5", 1e5), ("-.5", -0.5), ("3.", 3.0), ("1_000", 1000),
         ("no", "no"), ("on", "on"), ("true", True), (".inf", float("inf")), ("12:30", "12:30"),
-        ("1.2.3", "1.2.3"), ("-", "-"), ("2024-01-02x", "2024-01-02x"),
+        ("1.2.3", "1.2.3"), ("008", 8.0), ("2024-01-02", "2024-01-02"),
     ],
 )  # fmt: skip
 def test_scalars_are_those_of_yaml_1_2(text, value):
@@ -106,7 +106,7 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
         pytest.param("use_vllm: true\n", r"use_vllm", id="foreign"),
         pytest.param("expert: calculator\n", r"expert: got 'calculator'.*kind: calc", id="no-map"),
         pytest.param("reward_funcs: []\n", r"reward_funcs: got \[\]", id="no-rewards"),
-        pytest.param("reward_funcs: {a: 1}\n", r"reward_funcs: got", id="rewards-mapping"),
+        pytest.param("reward_funcs: [{a: 1}]\n", r"reward_funcs: got", id="rewards-mapping"),
         pytest.param("model: other\n", r"not YAML.*'model' is given twice", id="twice"),
         pytest.param("a: [1\n", r"is not YAML", id="syntax"),
         pytest.param("expert_budget: {calls: 5}\n", r"expert_budget.*consults", id="budget"),
@@ -179,7 +179,12 @@ def test_expert_mistakes_name_the_setting(settings, message):
 def test_shipped_rewards_by_name():
     from eapo_fast import rewards
 
-    assert build_rewards(["accuracy"]) == [rewards.accuracy]
+    assert build_rewards(["accuracy", {"name": "format"}]) == [rewards.accuracy, rewards.format]
+
+
+def test_rewards_with_settings_are_made():
+    made = build_rewards([{"name": "consult_cost"}, {"name": "functools.lru_cache", "maxsize": 4}])
+    assert callable(made[0])
 
 
 @pytest.mark.parametrize(
@@ -187,6 +192,8 @@ def test_shipped_rewards_by_name():
     [
         pytest.param("acuracy", "Did you mean 'accuracy'", id="typo"),
         pytest.param("my_absent_module.score", "cannot import my_absent_module", id="module"),
+        pytest.param({"name": "accuracy", "weight": 2}, "takes no settings", id="settings"),
+        pytest.param({"name": "consult_cost", "zz": 2}, "consult_cost with .*zz", id="setting"),
         pytest.param("math.score", "math has no function 'score'", id="function"),
         pytest.param("math.pi", "math has no function 'pi'", id="not-callable"),
     ],

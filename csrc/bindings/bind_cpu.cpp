@@ -4,6 +4,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -189,12 +190,25 @@ void paged_attention(py::handle q_, py::handle k_, py::handle v_, py::handle k_c
   cpu::kernels().paged_attention(args);
 }
 
+// Pairs are independent: the result does not depend on their order.
+void check_copies(const TensorView& copies) {
+  std::unordered_set<int32_t> targets;
+  const int32_t* pairs = copies.as<int32_t>();
+  for (int64_t i = 0; i < copies.size(0); ++i)
+    require(targets.insert(pairs[2 * i + 1]).second, "copies[", i, "]: block ", pairs[2 * i + 1],
+            " is the target of an earlier pair");
+  for (int64_t i = 0; i < copies.size(0); ++i)
+    require(!targets.contains(pairs[2 * i]), "copies[", i, "]: block ", pairs[2 * i],
+            " is both source and target");
+}
+
 void copy_blocks(py::handle cache_, py::handle copies_) {
   const TensorView cache(cache_, "cache"), copies(copies_, "copies");
   cache.expect_float32_or_bfloat16().expect_contiguous();
   copies.expect<int32_t>().expect_shape({kAny, 2}).expect_contiguous();
   require(cache.ndim() > 1, "cache: want [blocks, ...], got shape ", cache.shape_text());
   check_indices<int32_t>(copies, cache.size(0), "blocks");
+  check_copies(copies);
   if (copies.size(0) == 0) return;
   const int64_t bytes = cache.numel() / cache.size(0) * (cache.is_bfloat16() ? 2 : 4);
   const py::gil_scoped_release unlocked;

@@ -22,7 +22,8 @@ void KvPool::extend(Sequence& row, int end, std::vector<BlockId>& copies) {
     const BlockId source = row.blocks.back();
     row.blocks.back() = allocator_.allocate();
     copies.insert(copies.end(), {source, row.blocks.back()});
-    pinned_.push_back(source);
+    copied_from_.push_back(source);
+    allocator_.release(source);
     ++blocks_copied_;
   }
   for (int have = static_cast<int>(row.blocks.size()); have < blocks_for(end); ++have) {
@@ -30,16 +31,27 @@ void KvPool::extend(Sequence& row, int end, std::vector<BlockId>& copies) {
   }
 }
 
-void KvPool::unpin() {
-  for (const BlockId block : pinned_) allocator_.release(block);
-  pinned_.clear();
+// All copies of a step may run at once, so no block may be source and destination in one step.
+void KvPool::release(BlockId block) {
+  const bool last = allocator_.ref_count(block) == 1;
+  if (last && std::ranges::find(copied_from_, block) != copied_from_.end()) {
+    withheld_.push_back(block);
+  } else {
+    allocator_.release(block);
+  }
+}
+
+void KvPool::end_plan() {
+  for (const BlockId block : withheld_) allocator_.release(block);
+  withheld_.clear();
+  copied_from_.clear();
 }
 
 bool KvPool::trim(Sequence& victim, const Sequence& row, int end, bool shared) {
   const std::size_t before = victim.blocks.size();
   while (!victim.blocks.empty() && shortfall(row, end) > 0) {
     if (!shared && allocator_.ref_count(victim.blocks.back()) > 1) break;
-    allocator_.release(victim.blocks.back());
+    release(victim.blocks.back());
     victim.blocks.pop_back();
   }
   const int held = static_cast<int>(victim.blocks.size()) * block_size();
@@ -48,7 +60,7 @@ bool KvPool::trim(Sequence& victim, const Sequence& row, int end, bool shared) {
 }
 
 void KvPool::drop(Sequence& row) {
-  for (const BlockId block : row.blocks) allocator_.release(block);
+  for (const BlockId block : row.blocks) release(block);
   row.blocks.clear();
   row.computed = 0;
 }

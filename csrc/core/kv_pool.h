@@ -28,9 +28,9 @@ class KvPool {
   int reachable(const Sequence& row) const;
 
   // Gives the row blocks for `end` tokens; a shared last block is copied: (source, destination) is
-  // appended to `copies`, and the source stays unavailable until unpin().
+  // appended to `copies`, and the source is not handed out again before end_plan().
   void extend(Sequence& row, int end, std::vector<BlockId>& copies);
-  void unpin();
+  void end_plan();
 
   // Drops tail blocks of `victim` until `row` can reach `end`. Blocks with other owners stop it
   // unless `shared` is set. Returns whether any block was dropped.
@@ -50,9 +50,11 @@ class KvPool {
  private:
   bool writes_shared_block(const Sequence& row) const;
   void share(BlockId block, Sequence& row);
+  void release(BlockId block);
 
   BlockAllocator allocator_;
-  std::vector<BlockId> pinned_;
+  std::vector<BlockId> copied_from_;  // by the copies of this plan
+  std::vector<BlockId> withheld_;     // of these, the ones without an owner
   std::int64_t blocks_shared_ = 0;
   std::int64_t blocks_copied_ = 0;
 };

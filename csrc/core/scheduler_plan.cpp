@@ -19,7 +19,7 @@ std::optional<StepPlan> Scheduler::plan() {
   plan_batch_prefill(true);
   admit_prompts();
   emit_block_tables();
-  kv_.unpin();
+  kv_.end_plan();
   pending_ = true;
   return std::move(step_);
 }

@@ -17,6 +17,7 @@ struct Tile {  // scratch of one work item; all fp32
   float* output;       // [rows, padded_dim] weighted values so far
   float* sums;         // [rows, kLanes] probability mass so far, by lane
   float* maxima;       // [rows] largest score so far
+  float* zeros;        // [padded_dim] stands for the rows of keys past the end
 };
 
 EAPO_INLINE int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -24,19 +25,21 @@ EAPO_INLINE int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) 
 inline Tile make_tile(int64_t rows, int64_t dim) {
   const int64_t padded = rounded_up(dim, kLanes);
   const int64_t sizes[] = {rows * dim,    padded * kKeyTile, kKeyTile * padded, rows * kKeyTile,
-                           rows * padded, rows * kLanes,     rows};
+                           rows * padded, rows * kLanes,     rows,              padded};
   int64_t total = 0;
   for (int64_t size : sizes) total += rounded_up(size, 16);
   float* next = workspace(total);
-  float* parts[7];
-  for (int i = 0; i < 7; ++i) {
+  float* parts[std::size(sizes)];
+  for (size_t i = 0; i < std::size(sizes); ++i) {
     parts[i] = next;
     next += rounded_up(sizes[i], 16);
   }
   std::fill_n(parts[4], rows * padded, 0.0f);
   std::fill_n(parts[5], rows * kLanes, 0.0f);
   std::fill_n(parts[6], rows, -kInf);
-  return {rows, dim, padded, parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6]};
+  std::fill_n(parts[7], padded, 0.0f);
+  return {rows,     dim,      padded,   parts[0], parts[1], parts[2],
+          parts[3], parts[4], parts[5], parts[6], parts[7]};
 }
 
 template <typename T>
@@ -45,40 +48,58 @@ EAPO_INLINE F load_head(const T* row, int64_t d, int64_t dim) {
   return load_first(row + d, dim - d, T{});
 }
 
-// Cache rows of the tile's keys for one kv head; null past the last key.
+// Rows of a cache for the keys of a tile and one kv head; `zeros` past the last key.
 template <typename T>
 EAPO_INLINE void key_rows(const AttentionArgs& args, const void* cache, const int32_t* table,
-                          int64_t head, int64_t first, int64_t kv_len, const T** rows) {
-  for (int64_t i = 0; i < kKeyTile; ++i) {
-    const int64_t position = first + i;
-    if (position >= kv_len) {
-      rows[i] = nullptr;
-      continue;
-    }
-    const int64_t slot =
-        table[position / args.block_size] * args.block_size + position % args.block_size;
-    rows[i] = static_cast<const T*>(cache) + (slot * args.kv_heads + head) * args.dim;
+                          int64_t head, int64_t first, int64_t kv_len, const T* zeros,
+                          const T** rows) {
+  const T* base = static_cast<const T*>(cache) + head * args.dim;
+  const int64_t row_size = args.kv_heads * args.dim;
+  const int64_t count = std::clamp<int64_t>(kv_len - first, 0, kKeyTile);
+  for (int64_t i = 0; i < count;) {
+    const int64_t column = (first + i) / args.block_size, inside = (first + i) % args.block_size;
+    const T* row = base + (table[column] * args.block_size + inside) * row_size;
+    const int64_t stop = std::min(count, i + args.block_size - inside);
+    for (; i < stop; ++i, row += row_size) rows[i] = row;
   }
+  for (int64_t i = count; i < kKeyTile; ++i) rows[i] = zeros;
+}
+
+// Blocks lie scattered, so no hardware prefetcher sees the next tile come.
+template <typename T>
+EAPO_INLINE void prefetch(const T* const* rows, int64_t dim) {
+  for (int64_t i = 0; i < kKeyTile; ++i)
+    for (int64_t d = 0; d < dim; d += 64 / int64_t{sizeof(T)}) __builtin_prefetch(rows[i] + d);
 }
 
 template <typename T>
 EAPO_INLINE void pack_keys(const Tile& tile, const T* const* rows) {
-  for (int64_t key = 0; key < kKeyTile; key += kLanes)
-    for (int64_t d = 0; d < tile.dim; d += kLanes) {
+  for (int64_t d = 0; d < tile.dim; d += kLanes)
+    for (int64_t key = 0; key < kKeyTile; key += kLanes) {
       F square[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        square[i] = rows[key + i] ? load_head(rows[key + i], d, tile.dim) : F{};
+      if (d + kLanes <= tile.dim)
+        unrolled<kLanes>([&](auto i) { square[i] = load(rows[key + i] + d); });
+      else
+        unrolled<kLanes>([&](auto i) { square[i] = load_head(rows[key + i], d, tile.dim); });
       transpose(square);
-      for (int i = 0; i < kLanes; ++i) store(tile.keys + (d + i) * kKeyTile + key, square[i]);
+      unrolled<kLanes>([&](auto i) { store(tile.keys + (d + i) * kKeyTile + key, square[i]); });
     }
 }
 
+// Rows of fp32 values, padded to whole vectors: the cache's own where they are that already.
 template <typename T>
-EAPO_INLINE void pack_values(const Tile& tile, const T* const* rows) {
-  for (int64_t key = 0; key < kKeyTile; ++key)
+EAPO_INLINE void value_rows(const Tile& tile, const T* const* rows, const float** values) {
+  for (int64_t key = 0; key < kKeyTile; ++key) {
+    if constexpr (std::is_same_v<T, float>)
+      if (tile.dim == tile.padded_dim) {
+        values[key] = rows[key];
+        continue;
+      }
+    float* copy = tile.values + key * tile.padded_dim;
+    values[key] = copy;
     for (int64_t d = 0; d < tile.dim; d += kLanes)
-      store(tile.values + key * tile.padded_dim + d,
-            rows[key] ? load_head(rows[key], d, tile.dim) : F{});
+      store(copy + d, load_head(rows[key], d, tile.dim));
+  }
 }
 
 template <int Rows>
@@ -98,14 +119,15 @@ EAPO_INLINE void score_rows(const Tile& tile, int64_t first_row) {
 }
 
 template <int Rows, int Vectors>
-EAPO_INLINE void add_values(const Tile& tile, int64_t first_row, int64_t d) {
+EAPO_INLINE void add_vectors(const Tile& tile, const float* const* rows, int64_t first_row,
+                             int64_t d) {
   F sums[Rows][Vectors];
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < Vectors; ++v)
       sums[r][v] = load(tile.output + (first_row + r) * tile.padded_dim + d + v * kLanes);
   for (int64_t key = 0; key < kKeyTile; ++key)
     for (int v = 0; v < Vectors; ++v) {
-      const F values = load(tile.values + key * tile.padded_dim + d + v * kLanes);
+      const F values = load(rows[key] + d + v * kLanes);
       for (int r = 0; r < Rows; ++r)
         sums[r][v] += tile.weights[(first_row + r) * kKeyTile + key] * values;
     }
@@ -115,10 +137,11 @@ EAPO_INLINE void add_values(const Tile& tile, int64_t first_row, int64_t d) {
 }
 
 template <int Rows>
-EAPO_INLINE void value_rows(const Tile& tile, int64_t first_row) {
+EAPO_INLINE void add_values(const Tile& tile, const float* const* rows, int64_t first_row) {
   int64_t d = 0;
-  for (; d + 2 * kLanes <= tile.padded_dim; d += 2 * kLanes) add_values<Rows, 2>(tile, first_row, d);
-  if (d < tile.padded_dim) add_values<Rows, 1>(tile, first_row, d);
+  for (; d + 2 * kLanes <= tile.padded_dim; d += 2 * kLanes)
+    add_vectors<Rows, 2>(tile, rows, first_row, d);
+  if (d < tile.padded_dim) add_vectors<Rows, 1>(tile, rows, first_row, d);
 }
 
 // Keys that a row may see: first <= position <= last.
@@ -223,19 +246,25 @@ void attend(const AttentionArgs& args, const Item& item) {
   const int32_t* table = args.block_tables + item.segment * args.table_stride;
   const Tile tile = make_tile(item.queries * group, args.dim);
   load_queries<T>(args, item, tile);
+  const T* zeros = reinterpret_cast<const T*>(tile.zeros);
   int64_t key = first_seen(first_position) / kKeyTile * kKeyTile;
+  const T *keys[kKeyTile], *values[kKeyTile];
+  key_rows(args, args.k_cache, table, item.head, key, kv_len, zeros, keys);
   for (; key <= last_position; key += kKeyTile) {
-    const T* rows[kKeyTile];
-    key_rows(args, args.k_cache, table, item.head, key, kv_len, rows);
-    pack_keys(tile, rows);
+    key_rows(args, args.v_cache, table, item.head, key, kv_len, zeros, values);
+    prefetch(values, args.dim);
+    pack_keys(tile, keys);
+    key_rows(args, args.k_cache, table, item.head, key + kKeyTile, kv_len, zeros, keys);
+    prefetch(keys, args.dim);
     for_row_blocks(tile.rows, [&](int64_t row, auto count) { score_rows<count()>(tile, row); });
     for (int64_t row = 0; row < tile.rows; ++row) {
       const int64_t position = first_position + row / group;
       softmax_row(args, tile, row, key, {first_seen(position), position});
     }
-    key_rows(args, args.v_cache, table, item.head, key, kv_len, rows);
-    pack_values(tile, rows);
-    for_row_blocks(tile.rows, [&](int64_t row, auto count) { value_rows<count()>(tile, row); });
+    const float* rows[kKeyTile];
+    value_rows(tile, values, rows);
+    for_row_blocks(tile.rows,
+                   [&](int64_t row, auto count) { add_values<count()>(tile, rows, row); });
   }
   store_output<T>(args, item, tile);
 }

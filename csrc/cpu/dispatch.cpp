@@ -4,8 +4,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "cpu/targets.h"
 #include "cpu/tables.h"
+#include "cpu/targets.h"
 
 namespace eapo::cpu {
 namespace {
@@ -32,12 +32,13 @@ const KernelTable& table_of(const std::string& name, const std::string& source) 
   for (const KernelTable& table : compiled_tables())
     if (table.isa == name && runs_here(name)) return table;
   throw std::invalid_argument(source + " is '" + name + "', but this build on this CPU runs: " +
-                              joined(supported_isas()) + ". Unset it to take the widest.");
+                              joined(supported_isas()) + ", auto (the widest).");
 }
 
 const KernelTable& initial_table() {
   const char* forced = std::getenv("EAPO_FAST_ISA");
-  if (forced != nullptr && *forced != '\0') return table_of(forced, "EAPO_FAST_ISA");
+  const std::string name = forced == nullptr ? "" : forced;
+  if (!name.empty() && name != "auto") return table_of(name, "EAPO_FAST_ISA");
   return table_of(supported_isas().back(), "isa");
 }
 

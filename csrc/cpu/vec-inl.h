@@ -8,6 +8,15 @@ using H = uint16_t __attribute__((vector_size(EAPO_LANES * 2)));
 constexpr int kLanes = EAPO_LANES;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
+// fn(integral_constant 0) ... fn(integral_constant Count - 1), unrolled whatever the optimiser thinks.
+template <int Count, int First = 0, typename Fn>
+EAPO_INLINE void unrolled(const Fn& fn) {
+  if constexpr (First < Count) {
+    fn(std::integral_constant<int, First>{});
+    unrolled<Count, First + 1>(fn);
+  }
+}
+
 EAPO_INLINE F broadcast(float x) { return F{} + x; }
 
 EAPO_INLINE I iota() {
@@ -113,12 +122,12 @@ EAPO_INLINE void transpose_stage(F (&rows)[kLanes]) {
   const I high = (lane & Distance) != 0;
   const I low_index = high ? lane - Distance + kLanes : lane;
   const I high_index = high ? lane + kLanes : lane + Distance;
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & Distance) continue;
+  unrolled<kLanes / 2>([&](auto pair) {
+    constexpr int i = pair / Distance * 2 * Distance + pair % Distance;
     const F a = rows[i], b = rows[i + Distance];
     rows[i] = EAPO_SHUFFLE(a, b, low_index);
     rows[i + Distance] = EAPO_SHUFFLE(a, b, high_index);
-  }
+  });
 }
 
 template <int Distance = kLanes / 2>

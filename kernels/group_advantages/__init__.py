@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from eapo_fast import _core
 from eapo_fast.errors import suggest
 from eapo_fast.kernels.backend import choose_backend
 from eapo_fast.kernels.checks import FLAGS, FLOATS, INTEGERS, check_tensor, compute_dtype
 from eapo_fast.kernels.group_advantages import reference
+from eapo_fast.kernels.native import cpu_refusal
 from eapo_fast.recipes.recipe import CENTERS, SCALES
 
 __all__ = ["group_advantages"]
@@ -37,29 +36,56 @@ def group_advantages(
         center: "mean" (GRPO, arXiv 2402.03300), "loo" (leave-one-out: RLOO, arXiv 2402.14740),
             "length" (mean weighted by `lengths`: OPO, arXiv 2505.23585) or "none".
         scale: "std" of the group, "batch_std" of all valid rollouts, or "none" (Dr.GRPO).
-        lengths: [S] policy tokens of each rollout; needed by center "length" only.
+        lengths: [S] integers, policy tokens of each rollout; needed by center "length" only.
         eps: added to the standard deviation.
         ddof: the variance divides by n - ddof; 0 or 1.
         valid: [S] flags; a rollout that is not valid gets 0 and enters no statistic.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto" (cpu for float32 on the CPU), "reference" or "cpu".
 
     A group of one has center 0 and std 1; a constant group gives exactly 0. Raises `ValueError`
     for arguments that do not fit and for a backend that cannot run here.
     """
     _check(rewards, group_ids, center, scale, lengths, eps, ddof, valid)
-    chosen = choose_backend("group_advantages", backend, _REFUSALS, rewards)
-    run = reference.group_advantages if chosen == "reference" else _load(chosen)
-    result: Tensor = run(
-        rewards.detach().to(compute_dtype(rewards.dtype)),
-        group_ids,
+    rewards = rewards.detach().to(compute_dtype(rewards.dtype))
+    run = {"cpu": _cpu, "reference": reference.group_advantages}[
+        choose_backend("group_advantages", backend, {"cpu": cpu_refusal}, rewards)
+    ]
+    return run(
+        rewards,
+        group_ids.long(),
         center=center,
         scale=scale,
-        lengths=lengths,
+        lengths=None if lengths is None else lengths.long(),
         eps=eps,
         ddof=ddof,
         valid=None if valid is None else valid != 0,
     )
-    return result
+
+
+def _cpu(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    center: str,
+    scale: str,
+    lengths: Tensor | None,
+    eps: float,
+    ddof: int,
+    valid: Tensor | None,
+) -> Tensor:
+    out = torch.empty_like(rewards, memory_format=torch.contiguous_format)
+    _core.group_advantages(
+        rewards.contiguous(),
+        group_ids.contiguous(),
+        center,
+        scale,
+        None if lengths is None else lengths.contiguous(),
+        eps,
+        ddof,
+        None if valid is None else valid.contiguous(),
+        out,
+    )
+    return out
 
 
 def _check(
@@ -86,7 +112,7 @@ def _check(
     if not eps >= 0:
         raise ValueError(f"eps: got {eps!r}, allowed is 0 or more")
     if lengths is not None:
-        check_tensor("lengths", lengths, [rollouts], (*INTEGERS, *FLOATS), device)
+        check_tensor("lengths", lengths, [rollouts], INTEGERS, device)
     elif center == "length":
         raise ValueError("lengths: center 'length' weights by the policy tokens of each rollout")
     if valid is not None:

@@ -1,7 +1,7 @@
 """Group-relative advantages in plain torch: any device, float32 or float64, deterministic.
 
-With R_i the reward of rollout i, g its prompt group, n the number of valid rollouts of g and T_i the
-number of policy tokens of i, the advantage is `(R_i - center) / scale`:
+With R_i the reward of rollout i, g its prompt group, n the number of valid rollouts of g and T_i
+the number of policy tokens of i, the advantage is `(R_i - center) / scale`:
 
     center  mean      mean_g = sum_g R / n                          GRPO, arXiv 2402.03300
             loo       mean over the others of g                     RLOO, arXiv 2402.14740
@@ -100,7 +100,7 @@ class _Groups:
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
         """Reduce [S] to one value a group."""
-        return torch.segment_reduce(values[self.order], how, lengths=self.count)
+        return torch.segment_reduce(values[self.order], how, lengths=self.count, unsafe=True)
 
     def spread(self, per_group: Tensor) -> Tensor:
         """Give every member the value of its group: [groups] to [S]."""

@@ -73,9 +73,7 @@ def linear_policy_loss(
     )
 
 
-def _banned_of(
-    rows: Rows, banned: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor] | None:
+def _banned_of(rows: Rows, banned: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
     """Renumber banned entries by trained row; those of other rows drop out."""
     if banned is None or rows.index is None:
         return banned

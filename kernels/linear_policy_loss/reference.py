@@ -102,6 +102,8 @@ def _one_pass(
     found = losses.policy_loss(rows, recipe, logprob, entropy)
     totals = (gradients.hidden, gradients.weight, gradients.bias)
     pairs = [
-        (x, total) for x, total in zip(inputs, totals, strict=True) if x is not None and total is not None
+        (x, total)
+        for x, total in zip(inputs, totals, strict=True)
+        if x is not None and total is not None
     ]
     return replace(found, loss=attach_gradient(found.loss, pairs))

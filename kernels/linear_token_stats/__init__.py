@@ -66,7 +66,7 @@ def linear_token_stats(
         banned: (rows, ids), [B] integers each: entries with probability 0.
         extras: further statistics, of "max_logprob" (of the likeliest token), "sum_p2", "sum_p3".
         chunk_size: rows a chunk; None: 2**25 logits.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto" or "reference".
 
     Raises `ValueError` for arguments that do not fit and for a backend that cannot run here.
     """
@@ -126,9 +126,7 @@ def check_head(
         _check_banned(banned, rows, vocab, hidden)
 
 
-def _check_banned(
-    banned: tuple[Tensor, Tensor], rows: int, vocab: int, hidden: Tensor
-) -> None:
+def _check_banned(banned: tuple[Tensor, Tensor], rows: int, vocab: int, hidden: Tensor) -> None:
     if len(banned) != 2:
         raise ValueError(f"banned: got {len(banned)} items, allowed is a pair (rows, ids)")
     check_tensor("banned rows", banned[0], ["B"], INTEGERS, hidden.device)

@@ -1,7 +1,8 @@
-"""Token statistics of an LM head in plain torch, chunk by chunk; logits are recomputed in backward.
+"""Token statistics of an LM head in plain torch, chunk by chunk.
 
-Forward saves hidden, weight, targets and three numbers a row. With upstream gradients a = dL/dlogprob
-and b = dL/dentropy the gradient of the logits is `a (onehot - p) + b (-p (ln p + H))`.
+Forward saves hidden, weight, targets and three numbers a row; backward recomputes the logits. With
+upstream gradients a = dL/dlogprob and b = dL/dentropy the gradient of the logits is
+`a (onehot - p) + b (-p (ln p + H))`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -91,7 +90,7 @@ class Rows:
             for f in fields(self)
             if f.name in _PER_ROW and (value := getattr(self, f.name)) is not None
         }
-        return _replace(self, cut)
+        return replace(self, **cut)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Spread [n] over [N], with 0 at the masked rows."""
@@ -105,7 +104,8 @@ class Rows:
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """Sum [n] over each sequence and give every row the sum of its own."""
-        return torch.segment_reduce(values, "sum", lengths=self.lengths)[self.sequence]
+        sums = torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True)
+        return sums[self.sequence]
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """Average [n] over each sequence and give every row the mean of its own."""
@@ -113,10 +113,6 @@ class Rows:
 
 
 _PER_ROW = ("old_logprob", "advantages", "weight", "sequence", "ref_logprob", "factor", "index")
-
-
-def _replace(rows: Rows, changes: dict[str, Any]) -> Rows:
-    return Rows(**{f.name: getattr(rows, f.name) for f in fields(rows)} | changes)
 
 
 def trained_rows(batch: PolicyBatch, recipe: Recipe, dtype: torch.dtype) -> Rows:

@@ -24,13 +24,13 @@ def sample(
     greedy = temperatures == 0
     scores = scores / torch.where(greedy, 1.0, temperatures).to(dtype).unsqueeze(-1)
     _check(scores, rows)
-    tempered = scores.log_softmax(-1)
+    total = scores.logsumexp(-1)
     truncated = ~greedy & ((top_ks > 0) | (top_ps < 1) | (min_ps > 0))
     if bool(truncated.any()):
-        threshold = _threshold(scores, tempered, top_ks, top_ps, min_ps)
+        threshold = _threshold(scores, total, top_ks, top_ps, min_ps)
         threshold = torch.where(truncated, threshold, -torch.inf)
         scores = scores.masked_fill(scores < threshold.unsqueeze(-1), -torch.inf)
-    kept = torch.where(truncated, (scores.logsumexp(-1) - _total(scores, tempered)).exp(), 1.0)
+    kept = torch.where(truncated, (scores.logsumexp(-1) - total).exp(), 1.0)
     tokens = torch.where(greedy, scores.argmax(-1), _invert_cdf(scores, uniforms))
     logprobs = scores.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return tokens, logprobs, kept.to(dtype)
@@ -46,21 +46,15 @@ def _check(scores: Tensor, rows: Tensor) -> None:
         )
 
 
-def _total(scores: Tensor, tempered: Tensor) -> Tensor:
-    """Log of the untruncated normaliser: score minus log-probability of the best token."""
-    best, index = scores.max(-1, keepdim=True)
-    return (best - tempered.gather(-1, index)).squeeze(-1)
-
-
 def _threshold(
-    scores: Tensor, tempered: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
+    scores: Tensor, total: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
 ) -> Tensor:
     """The smallest kept score [N]: the largest of the three cuts."""
-    ordered, order = scores.sort(-1, descending=True)
+    ordered = scores.sort(-1, descending=True).values
     size = scores.shape[-1]
     last = torch.where((top_ks > 0) & (top_ks < size), top_ks, size).long().unsqueeze(-1) - 1
     by_count = ordered.gather(-1, last)
-    mass = tempered.gather(-1, order).double().exp()
+    mass = (ordered.double() - total.double().unsqueeze(-1)).exp()
     mass = mass.masked_fill(ordered < by_count, 0.0).cumsum(-1)
     wanted = top_ps.double().unsqueeze(-1) * mass[:, -1:]
     reached = (mass < wanted).sum(-1, keepdim=True).clamp(max=size - 1)

@@ -21,7 +21,12 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, extra = parser.parse_known_args(argv)
+    if arguments.run is _compare:
+        arguments.options = extra
+    elif extra:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
     try:
         status: int = arguments.run(arguments)
     except KeyboardInterrupt:
@@ -76,7 +81,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--steps", type=_at_least(1), help="training steps (default: the full demo)"
     )
-    command.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
+    command.add_argument("--seed", type=int, help="seed of every draw (default: the demo's own)")
     command.add_argument(
         "--out", default="runs/demo", metavar="DIR", help="where results go (default: runs/demo)"
     )
@@ -127,27 +132,11 @@ def _train(arguments: argparse.Namespace) -> int:
     trainer = build_trainer(run)
     if arguments.dry_run or len(words) < len(arguments.overrides):
         print(run.to_yaml(), end="")
-        print("\n".join(f"# {line}" for line in _counts(run.args, trainer)))
+        for name, value in trainer.describe().items():
+            print(f"# {name.replace('_', ' ')}: {value}")
         return 0
     trainer.train()
     return 0
-
-
-def _counts(args: Any, trainer: Any) -> list[str]:
-    """What follows from the settings, for the dry run."""
-    lines = [
-        f"{args.completions_per_step} rollouts per optimizer step",
-        f"{args.prompts_per_generation} prompt groups of {args.num_generations} rollouts are "
-        f"sampled at once, for {args.steps_per_cycle} optimizer step(s)",
-    ]
-    steps = getattr(getattr(trainer, "state", None), "max_steps", 0) or args.max_steps
-    if steps > 0:
-        lines.append(f"{steps} optimizer steps, {steps * args.completions_per_step} rollouts")
-    for name in ("train_dataset", "eval_dataset"):
-        rows = getattr(trainer, name, None)
-        if rows is not None:
-            lines.append(f"{len(rows)} rows in {name}")
-    return lines
 
 
 def _add_eval(commands: Any) -> None:
@@ -240,8 +229,8 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _add_compare(commands: Any) -> None:
-    command = _command(commands, "compare", "train with and without the expert and compare (long)")
-    command.add_argument("options", nargs=argparse.REMAINDER, help="options of the comparison")
+    text = "train with and without the expert and compare (long)"
+    command = _command(commands, "compare", text, add_help=False)
     command.set_defaults(run=_compare)
 
 

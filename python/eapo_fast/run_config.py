@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -28,7 +28,8 @@ RUN_KEYS: dict[str, str] = {
     "model": "directory of a transformers causal LM with its tokenizer (required)",
     "train_dataset": "JSONL file with a prompt or problem column (required)",
     "eval_dataset": "JSONL file for solo evaluation",
-    "reward_funcs": "names in eapo_fast.rewards, or package.module.function",
+    "reward_funcs": "a list of names in eapo_fast.rewards, {name: ..., setting: ...} or "
+    "package.module.function",
     "expert": "mapping with kind: openai, calculator, local or recorded, and its settings",
 }
 
@@ -50,8 +51,8 @@ class RunConfig:
     """Path of the training problems."""
     eval_dataset: str | None = None
     """Path of the held-apart problems."""
-    reward_funcs: tuple[str, ...] = ("accuracy",)
-    """Names of the reward functions."""
+    reward_funcs: tuple[str | Mapping[str, Any], ...] = ("exact",)
+    """Names of the reward functions, or mappings of a name and its settings."""
     expert: Mapping[str, Any] | None = None
     """Kind and settings of the expert; None: plain self-exploratory training."""
     args: EAPOConfig = field(default_factory=EAPOConfig)
@@ -87,7 +88,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         hint = suggest(unknown, [*RUN_KEYS, *names]) or " `eapo-fast train --help` lists all keys."
         raise ConfigError(f"unknown key {unknown!r} in {path}.{hint}") from error
     if "reward_funcs" in run:
-        run["reward_funcs"] = _names("reward_funcs", run["reward_funcs"])
+        run["reward_funcs"] = _rewards(run["reward_funcs"])
     return RunConfig(**run, args=args)
 
 
@@ -110,12 +111,13 @@ def parse_overrides(tokens: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def build_rewards(names: Iterable[str]) -> list[Callable[..., Any]]:
-    """The reward functions of those names; raises `ConfigError` for one that cannot be found.
+def build_rewards(items: Iterable[str | Mapping[str, Any]]) -> list[Callable[..., Any]]:
+    """The reward functions; raises `ConfigError` for one that cannot be found or made.
 
-    Dotted names are imported, with the current directory on the path.
+    Dotted names are imported, with the current directory on the path; a dotted name with settings
+    is called with them and must return the reward function.
     """
-    return [_dotted(name) if "." in name else _shipped(name) for name in names]
+    return [_reward({"name": item} if isinstance(item, str) else dict(item)) for item in items]
 
 
 def build_expert(settings: Mapping[str, Any] | None) -> Any:
@@ -193,22 +195,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_YAML_1_1 = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+_OLD_SCALARS = tuple(f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int", "timestamp"))
+_NEW_SCALARS = {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9_]*)",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+}
 _Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_1_1]
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _OLD_SCALARS]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"),
-    list("-+.0123456789"),
-)
+for _name, _pattern in _NEW_SCALARS.items():
+    _first = "tTfF" if _name == "bool" else "-+.0123456789"
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), list(_first)
+    )
 
 
 def _scalar(key: str, text: str) -> Any:
@@ -271,11 +272,12 @@ def _check_types(settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"{config_field.name}: got {value!r}, allowed is {words}")
 
 
-def _names(key: str, value: Any) -> tuple[str, ...]:
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise ConfigError(f"{key}: got {value!r}, allowed are {RUN_KEYS[key]}")
-    return tuple(names)
+def _rewards(value: Any) -> tuple[str | Mapping[str, Any], ...]:
+    items = value if isinstance(value, list) else [value]
+    named = (isinstance(i, str) or (isinstance(i, dict) and "name" in i) for i in items)
+    if not items or not all(named):
+        raise ConfigError(f"reward_funcs: got {value!r}, allowed is {RUN_KEYS['reward_funcs']}")
+    return tuple(items)
 
 
 def _budgets(value: Any) -> Any:
@@ -288,16 +290,16 @@ def _budgets(value: Any) -> Any:
     return [budget(**item) for item in items]
 
 
-def _shipped(name: str) -> Callable[..., Any]:
-    rewards = import_module("eapo_fast.rewards")
-    allowed = [n for n in rewards.__all__ if inspect.isroutine(getattr(rewards, n))]
-    if name not in allowed:
-        raise ConfigError(
-            f"reward_funcs: {name!r} is not in eapo_fast.rewards ({', '.join(allowed)}); "
-            f"your own function is written package.module.function.{suggest(name, allowed)}"
-        )
-    function: Callable[..., Any] = getattr(rewards, name)
-    return function
+def _reward(settings: dict[str, Any]) -> Callable[..., Any]:
+    name = str(settings.pop("name"))
+    get = import_module("eapo_fast.rewards").get
+    try:
+        if "." not in name:
+            return cast("Callable[..., Any]", get(name, **settings))
+        function = _dotted(name)
+        return cast("Callable[..., Any]", function(**settings)) if settings else function
+    except TypeError as error:
+        raise ConfigError(f"reward_funcs: {name} with {settings}: {error}") from error
 
 
 def _dotted(name: str) -> Callable[..., Any]:
@@ -311,5 +313,4 @@ def _dotted(name: str) -> Callable[..., Any]:
         raise ConfigError(f"reward_funcs: {name!r}: cannot import {module} ({error})") from error
     if not callable(function):
         raise ConfigError(f"reward_funcs: {name!r}: {module} has no function {attribute!r}")
-    reward: Callable[..., Any] = function
-    return reward
+    return cast("Callable[..., Any]", function)

@@ -25,7 +25,14 @@ KNOWN_ANSWERS = {  # Random123 1.14, kat_vectors, "philox4x32 10"
     ),
 }
 
-INDEX_LISTS = [[], [0], [7, 0], [1, 2, 3, 4], [1, 2, 3, 4, 0], [2**40, -1, 2**63 - 1, 5, 6, 7, 8, 9]]
+INDEX_LISTS = [
+    [],
+    [0],
+    [7, 0],
+    [1, 2, 3, 4],
+    [1, 2, 3, 4, 0],
+    [2**40, -1, 2**63 - 1, 5, 6, 7, 8, 9],
+]
 
 
 @pytest.mark.parametrize(("counter", "key", "block"), KNOWN_ANSWERS.values(), ids=KNOWN_ANSWERS)
@@ -43,7 +50,9 @@ def test_keyed_uniform_equals_the_python_twin(seed, indices):
 
 def test_every_argument_of_a_draw_matters():
     lists = [*INDEX_LISTS, [0, 7], [1, 2, 3], [1, 2, 3, 4, 0, 0]]
-    draws = {_core.keyed_uniform(s, p, i) for s in (0, 1) for p in ("gate", "jitter") for i in lists}
+    draws = {
+        _core.keyed_uniform(s, p, i) for s in (0, 1) for p in ("gate", "jitter") for i in lists
+    }
     assert len(draws) == 4 * len(lists)
 
 

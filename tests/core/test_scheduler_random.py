@@ -11,7 +11,9 @@ from twin_decoder import TwinRules
 RULES = {
     "plain": TwinRules(),
     "stops": TwinRules(stop_token_ids=(20, 21), stop_patterns=(b"</q>", b"ab")),
-    "parks": TwinRules(stop_token_ids=(22,), park_patterns=(b"q>", b"<q", b"w1"), stop_patterns=(b"b<",)),
+    "parks": TwinRules(
+        stop_token_ids=(22,), stop_patterns=(b"b<",), park_patterns=(b"q>", b"<q", b"w1")
+    ),
     "bans": TwinRules(
         banned_token_ids=(3, 30), banned_patterns=(b"<q>", b"w2", b"w11"), park_patterns=(b"w3",)
     ),

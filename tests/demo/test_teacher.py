@@ -24,7 +24,7 @@ def test_a_clean_solution() -> None:
 
 
 def test_advice_is_not_the_policys_text_and_is_copied() -> None:
-    habits = Habits(slip=1.0, asking=1.0, ask=1.0, ask_ahead=0.5)
+    habits = Habits(slip=1.0, asking=1.0, ask=(1.0, 1.0), ask_ahead=0.5)
     blocks = 0
     for seed in range(200):
         pieces = write(habits, seed)
@@ -40,7 +40,7 @@ def test_advice_is_not_the_policys_text_and_is_copied() -> None:
 
 
 def test_declined_consults_and_blocks_of_several_queries_occur() -> None:
-    habits = Habits(asking=1.0, ask=0.5, ask_ahead=0.5)
+    habits = Habits(asking=1.0, ask=(0.5, 0.5), ask_ahead=0.5)
     joined = "".join(text(write(habits, seed)) for seed in range(100))
     assert "<advice>unavailable</advice>" in joined
     assert '<a i="2">' in joined

@@ -85,6 +85,16 @@ def test_page_of_a_stopped_run_sums_the_metrics_up(make_run):
     assert "saved by gating" in page
 
 
+def test_training_comes_before_evaluation_and_odd_numbers_are_null(make_run):
+    run = make_run()
+    row = {"step": 0, "split": "eval", "prompt": "p", "reward": float("nan"), "segments": []}
+    (run / "rollouts" / "eval_000000.jsonl").write_text(json.dumps(row) + "\n")
+    page = write_report(run).read_text(encoding="utf-8")
+    data = json.loads(outline(page).scripts[0], parse_constant=pytest.fail)
+    assert [r["split"] for r in data] == ["train"] * 52 + ["eval"]
+    assert data[-1]["reward"] is None
+
+
 def test_page_without_expert_has_no_consult_charts(make_run):
     page = write_report(make_run(expert=False, summary=False)).read_text(encoding="utf-8")
     assert outline(page).tags.count("svg") == 2

@@ -21,15 +21,21 @@ def test_last_lines_say_it_plainly(make_run):
         "consults": "312 bought, 1,240 saved by early gating, of 1,552 asked; 312 accepted",
         "wall time": "3:39 for 40 steps: setup 0:04, rollout 1:58, reward 0:02, update 1:11, "
         "evaluation 0:22, other 0:01",
-        "results": "runs/[demo]",
+        "results": "runs/[demo]/",
     }
+
+
+def test_results_name_what_is_there(make_run):
+    run = make_run()
+    lines = dict(summary_lines({"run_dir": str(run)}))
+    assert lines == {"results": f"{run}/  (metrics.jsonl, rollouts/)"}
 
 
 def test_summary_prints_one_line_each_without_codes_in_a_pipe(make_run):
     out = io.StringIO()
     summary = {"run_dir": "runs/[demo]", "seconds": {"total": 61}}
     print_summary(summary, console=Console(file=out, width=20, soft_wrap=True))
-    assert out.getvalue() == "\nwall time      1:01\nresults        runs/[demo]\n"
+    assert out.getvalue() == "\nwall time      1:01\nresults        runs/[demo]/\n"
 
 
 def test_summary_from_metrics_alone(make_run):

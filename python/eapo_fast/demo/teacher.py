@@ -29,8 +29,8 @@ class Habits:
     """Share of slips that are one too high; the others are up to 9 off either way."""
     asking: float = 0.0
     """Share of solutions in which the teacher asks at all."""
-    ask: float = 0.5
-    """Probability of a query at a step of such a solution."""
+    ask: tuple[float, float] = (0.2, 1.0)
+    """Range of the probability of a query at a step; one value is drawn for such a solution."""
     ask_ahead: float = 0.25
     """Probability that a further step that can be asked already joins the same block."""
 
@@ -86,7 +86,7 @@ class Teacher:
         self._chain = chain
         self._habits = habits
         self._rng = rng
-        self._asks = rng.random() < habits.asking
+        self._ask = rng.uniform(*habits.ask) if rng.random() < habits.asking else 0.0
         self._acceptance = rng.random()
         self._values: list[int] = []
         self._advice: dict[int, str] = {}
@@ -115,7 +115,7 @@ class Teacher:
 
     def _write_step(self, index: int) -> None:
         self._own(f"{LETTERS[index]}={self._expression(index)}=")
-        if self._asks and index not in self._asked and self._rng.random() < self._habits.ask:
+        if index not in self._asked and self._rng.random() < self._ask:
             self._consult(self._queries(index))
         self._values.append(self._result(index))
         self._own(f"{self._values[-1]}\n")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-PAD = "<|pad|>"
+PAD = "<|endoftext|>"
+"""The name that transformers expects beside a Qwen2 model; another one would add a 271st id."""
 END = "<|end|>"
 PIECES = (
     "<consult>",
@@ -30,7 +31,10 @@ CONTEXT = 1024
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer: 256 bytes, `PIECES`, an end and a padding token; exact both ways."""
+    """Return the tokenizer: 256 bytes, `PIECES`, an end and a padding token.
+
+    Text comes back exactly; AutoTokenizer puts text beyond ASCII into Unicode's NFC form first.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

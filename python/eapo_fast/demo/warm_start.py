@@ -62,7 +62,7 @@ class WarmStart:
                 matrix_rate=0.02,
                 learning_rate=3e-3,
                 final_rate=0.1,
-                steps=(1, 4),
+                steps=(1, 8),
                 habits=Habits(asking=0.15),
             ),
             Phase(
@@ -71,7 +71,7 @@ class WarmStart:
                 matrix_rate=0.005,
                 learning_rate=1e-3,
                 final_rate=0.05,
-                steps=(1, 9),
+                steps=(1, 8),
                 habits=Habits(slip=0.5, asking=0.6),
             ),
         )

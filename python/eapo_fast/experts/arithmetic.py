@@ -6,10 +6,11 @@
     signed   := { "+" | "-" } power
     power    := postfix [ ("^" | "**") signed ]
     postfix  := atom { "%" }
-    atom     := number | name | function "(" sum { "," sum } ")" | "(" sum ")"
+    atom     := number | unknown | function "(" sum { "," sum } ")" | "(" sum ")"
 
-`%` before an operand is the remainder (sign of the divisor), else it means hundredths. Values are
-exact rationals, or linear terms in one unknown. Every limit is checked before the work it bounds.
+An unknown is one letter, or one letter and an index (x_1). `%` before an operand is the remainder
+(sign of the divisor), else it means hundredths. Values are exact rationals, or linear terms in
+one unknown. Every limit is checked before the work it bounds.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Limits:
     bytes: int = 1024
     """Length of the query."""
     depth: int = 50
-    """Nesting of parentheses, signs and powers."""
+    """Nesting of parentheses and powers."""
     digits: int = 200
     """Decimal digits of any numerator or denominator on the way."""
     exponent: int = 1024
@@ -307,7 +308,7 @@ class _Parser:
             return value
         if token in FUNCTIONS:
             return self._call(token)
-        if token[:1].isalpha() and token != "of":
+        if token[:1].isalpha() and token[1:2] in ("", "_"):
             return Linear(Fraction(0), Fraction(1), token)
         if token[:1].isdigit() or token[:1] == ".":
             return self._literal(token)

@@ -208,8 +208,8 @@ class Expert(Protocol):
     """Anything that answers questions.
 
     Optional attributes: `immediate` (answers without waiting for anything), `identity` (part of
-    the cache key), `metered` (False: budgets don't apply), `priced` (True: usage tells the cost,
-    so that money can be capped). Optional methods: `probe() -> str | None`,
+    the cache key), `replays` (True: no budget, merging or cache), `priced` (True: usage tells
+    the cost, so that money can be capped). Optional methods: `probe() -> str | None`,
     `worst_case(request) -> Usage` (bound on one call), `async aclose()`.
     """
 

@@ -103,9 +103,10 @@ class Board:
         self.outstanding: set[Consult] = set()
         self._flights: dict[str, Flight] = {}
         self._identity = str(getattr(expert, "identity", type(expert).__qualname__))
-        self._metered = bool(getattr(expert, "metered", True))
+        self._replays = bool(getattr(expert, "replays", False))
+        self._merges = policy.dedup == "in_flight" and not self._replays
         self._warned: set[str] = set()
-        self._cache = open_cache(policy.cache)
+        self._cache = None if self._replays else open_cache(policy.cache)
         self._recorder = None if policy.record is None else Recorder(policy.record)
 
     def enter(self, consult: Consult) -> Flight | None:
@@ -116,7 +117,7 @@ class Board:
             self._end(consult, replace(cached, status="cached", usage=None))
             return None
         with self.changed:
-            flight = self._flights.get(key) if self.policy.dedup == "in_flight" else None
+            flight = self._flights.get(key) if self._merges else None
             if flight is not None:
                 self._join(consult, flight)
                 self.counters.add("merged")
@@ -138,7 +139,7 @@ class Board:
 
     def reserve(self, flight: Flight) -> bool:
         """Hold the worst case of the next attempt; False if a budget forbids it."""
-        if not self._metered:
+        if self._replays:
             return True
         worst = worst_case(self.expert, flight.request, self.policy.max_reply_tokens)
         flight.reservation = self.ledger.reserve(flight.request, worst)
@@ -213,7 +214,7 @@ class Board:
         self._record(consult.request, reply)
         result = self._result(consult, reply, usage, cost)
         self.counters.ended(result)
-        self._log(result)
+        self._log(reply.status, result.detail)
         with self.changed:
             consult.handle._result = result
             self.outstanding.discard(consult)
@@ -228,7 +229,7 @@ class Board:
             text, cut = clean_text(reply.text, self.policy.max_reply_chars)
             truncated = cut or reply.truncated
             status = status if text else "malformed"
-        if status in ACCEPTED and not consult.accept:
+        if not consult.accept and status != "cancelled":
             status, text, truncated = "declined", "", False
         waited = consult.flight is not None and consult.deadline < float("inf")
         latency = time.monotonic() - consult.submitted if waited else 0.0
@@ -250,9 +251,9 @@ class Board:
         except sqlite3.Error as error:
             self._warn_once("cache", f"a reply could not be cached: {error}")
 
-    def _log(self, result: ConsultResult) -> None:
-        if result.status not in QUIET:
-            self._warn_once(result.status, f"a consult ended as {result.status}: {result.detail}")
+    def _log(self, status: ConsultStatus, detail: str) -> None:
+        if status not in QUIET:
+            self._warn_once(status, f"a consult ended as {status}: {detail}")
 
     def _warn_once(self, topic: str, message: str) -> None:
         level = logging.DEBUG if topic in self._warned else logging.WARNING

@@ -15,6 +15,8 @@ from eapo_fast.experts.calling import call_expert
 
 BACKOFF_BASE = 0.5
 BACKOFF_CAP = 8.0
+PAUSE_CAP = 120.0
+"""Longest time, in seconds, for which one Retry-After holds back everybody."""
 
 
 def backoff(seed: int, flight: Flight) -> float:
@@ -145,7 +147,7 @@ class Dispatcher:
             self.breaker.success()
         pauses = [reply.retry_after or 0.0 for reply in replies if reply.status == "rate"]
         if pauses:
-            self._resume_at = max(self._resume_at, now + max(pauses))
+            self._resume_at = max(self._resume_at, now + min(PAUSE_CAP, max(pauses)))
 
     def _abandon(self, call: Call) -> None:
         """A call was cancelled: what was sent may have been billed."""

@@ -125,9 +125,8 @@ class LocalModel:
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     def _pad_id(self) -> int:
-        ends = self._end_ids()
-        pad = self.tokenizer.pad_token_id
-        return int(pad) if pad is not None else min(ends, default=0)
+        """An id that the embedding surely has; padding is masked, or follows an end id."""
+        return min(self._end_ids(), default=0)
 
     def _end_ids(self) -> set[int]:
         ends = getattr(self.model.generation_config, "eos_token_id", None)

@@ -69,7 +69,7 @@ class Recorded:
     """
 
     immediate = True
-    metered = False
+    replays = True
     priced = True
     max_batch_size = 64
 

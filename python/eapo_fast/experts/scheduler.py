@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -55,7 +58,8 @@ class ConsultScheduler:
         self.immediate = bool(getattr(expert, "immediate", False))
         _check_prices(expert, self.ledger)
         self._board = Board(expert, self.policy, self.ledger)
-        self._queue: list[Flight] = []
+        self._queue: deque[Flight] = deque()
+        self._starting = threading.Lock()
         self._seen = 0
         self._closed = False
         self._thread: LoopThread | None = None
@@ -89,7 +93,7 @@ class ConsultScheduler:
         if self.immediate and flight is not None:
             self._queue.append(flight)
         elif not self.immediate and not consult.claimed:
-            self._call_loop(lambda desk: desk.admit(consult, flight))
+            self._call_loop(partial(Dispatcher.admit, consult=consult, flight=flight))
         return consult.handle
 
     def _consult(self, request: ConsultRequest) -> Consult:
@@ -100,9 +104,10 @@ class ConsultScheduler:
         return Consult(request, handle, now, deadline, accept)
 
     def _call_loop(self, function: Callable[[Dispatcher], None]) -> None:
-        if self._thread is None:
-            self._thread = LoopThread("eapo-consults")
-            self._dispatcher = Dispatcher(self._board, self._thread.loop, self.seed)
+        with self._starting:
+            if self._thread is None:
+                self._thread = LoopThread("eapo-consults")
+                self._dispatcher = Dispatcher(self._board, self._thread.loop, self.seed)
         self._thread.call(function, self._dispatcher)
 
     def flush(self) -> None:
@@ -115,7 +120,7 @@ class ConsultScheduler:
     def _answer_queue(self) -> None:
         size = max(1, int(self.expert.max_batch_size))
         while self._queue:
-            batch, self._queue = self._queue[:size], self._queue[size:]
+            batch = [self._queue.popleft() for _ in range(min(size, len(self._queue)))]
             live = [flight for flight in batch if flight.waiters]
             if live:
                 self._answer(live)
@@ -169,24 +174,24 @@ class ConsultScheduler:
                 deadlines = (consult.deadline + GRACE for consult in board.outstanding)
                 until = min(end, min(deadlines, default=now + 1.0))
                 board.changed.wait(min(max(0.0, until - now), 3600.0))
-        for consult in board.overdue(time.monotonic(), GRACE):
-            self._quit(consult, "timeout")
+        self._quit(board.overdue(time.monotonic(), GRACE), "timeout")
         return True
 
     def _cancel(self, handle: ConsultHandle) -> None:
         with self._board.changed:
             mine = [one for one in self._board.outstanding if one.handle is handle]
-        for consult in mine:
-            self._quit(consult, "cancelled")
+        self._quit(mine, "cancelled")
 
-    def _quit(self, consult: Consult, status: ConsultStatus) -> None:
-        dead = self._board.quit(consult, status)
-        if dead is None:
-            return
-        if self.immediate:
-            self._board.settle(dead, ExpertReply.failed(status, billed=False))
-        else:
-            self._call_loop(lambda desk: desk.reap(dead))
+    def _quit(self, consults: Sequence[Consult], status: ConsultStatus) -> None:
+        """End consults, all of them before the work that they leave behind is stopped."""
+        ended = [self._board.quit(consult, status) for consult in consults]
+        for flight in ended:
+            if flight is None:
+                continue
+            if self.immediate:
+                self._board.settle(flight, ExpertReply.failed(status, billed=False))
+            else:
+                self._call_loop(partial(Dispatcher.reap, flight=flight))
 
     def drain_metrics(self) -> dict[str, float]:
         """Counters `expert/...` since the last call; the set of names is fixed."""
@@ -216,8 +221,7 @@ class ConsultScheduler:
         self._closed = True
         with self._board.changed:
             left = list(self._board.outstanding)
-        for consult in left:
-            self._quit(consult, "cancelled")
+        self._quit(left, "cancelled")
         self._queue.clear()
         if self._thread is not None:
             if not self._thread.stop(self._farewell()):

@@ -88,6 +88,8 @@ def _checked(value: str, where: str) -> Secret:
 
 def redact(text: str) -> str:
     """`text` without any live `Secret` and without what looks like a credential."""
+    if not text:
+        return text
     for secret in list(_LIVE):
         for form in secret.forms():
             text = text.replace(form, MASK)

@@ -58,4 +58,6 @@ def _pick(field: str, value: str, table: dict[str, Any]) -> Any:
     if value in table:
         return table[value]
     allowed = ", ".join(table)
-    raise ConfigError(f"{field}: got {value!r}, allowed is one of {allowed}.{suggest(value, table)}")
+    raise ConfigError(
+        f"{field}: got {value!r}, allowed is one of {allowed}.{suggest(value, table)}"
+    )

@@ -7,6 +7,7 @@ text nodes, never as markup, so nothing that a model or an expert wrote can run 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -51,7 +52,7 @@ def write_report(run_dir: str | Path, *, max_rollouts: int = MAX_ROLLOUTS) -> Pa
         note=escape(_kept_note(len(kept), len(rollouts))),
         style=_asset("report.css"),
         script=_asset("report.js"),
-        data=embed_json([_slim(rollout) for rollout in kept]),
+        data=embed_json(_clean(kept)),
     )
     target = run / "report.html"
     scratch = target.with_name("report.html.tmp")
@@ -68,10 +69,9 @@ def embed_json(value: Any) -> str:
 
 def thin(rollouts: Sequence[Row], limit: int) -> list[Row]:
     """At most about `limit` rollouts: whole steps, evenly spread, first and last always kept."""
-    steps: dict[tuple[int, str], list[Row]] = {}
+    steps: dict[tuple[bool, int], list[Row]] = {}
     for rollout in rollouts:
-        key = (int(rollout.get("step", 0)), str(rollout.get("split", "train")))
-        steps.setdefault(key, []).append(rollout)
+        steps.setdefault(_order(rollout), []).append(rollout)
     if len(rollouts) <= limit or len(steps) <= 2:
         return list(rollouts)
     keys = sorted(steps)
@@ -81,10 +81,17 @@ def thin(rollouts: Sequence[Row], limit: int) -> list[Row]:
 
 
 def _read_rollouts(run: Path, last: int | None) -> list[Row]:
-    """All rollouts up to the last logged step (files beyond it belong to an earlier run)."""
+    """All rollouts up to the last logged step (files beyond it belong to an earlier run).
+
+    Training comes before evaluation, both in the order of the steps.
+    """
     paths = sorted((run / "rollouts").glob("*.jsonl"))
     rows = [row for path in paths for row in read_jsonl(path)]
-    return [row for row in rows if last is None or row.get("step", 0) <= last]
+    return sorted((row for row in rows if last is None or row.get("step", 0) <= last), key=_order)
+
+
+def _order(rollout: Row) -> tuple[bool, int]:
+    return rollout.get("split") == "eval", int(rollout.get("step", 0))
 
 
 def _read_summary(run: Path) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def _cards(summary: Mapping[str, Any], rows: Sequence[Row]) -> Iterable[str]:
         yield _card(
             "Solo accuracy",
             f"{percent(before['accuracy'])} <i>&rarr;</i> {percent(after['accuracy'])}",
-            f"{points:+.1f} points on {after.get('n') or '?'} held-apart problems",
+            f"{points:+.1f} points on {after.get('n') or 0:,.0f} held-apart problems",
             f"95 % intervals {_interval(before)} and {_interval(after)}",
             "good" if points > 0 else "bad",
         )
@@ -192,6 +199,10 @@ def _kept_note(kept: int, total: int) -> str:
     return f"{kept:,} of {total:,} rollouts are in this page; all are in rollouts/*.jsonl"
 
 
-def _slim(rollout: Row) -> Row:
-    """The rollout without what the page does not show."""
-    return {key: value for key, value in rollout.items() if key not in {"answer_tokens", "ids"}}
+def _clean(value: Any) -> Any:
+    """`value` without the numbers that JSON cannot hold (they become null)."""
+    if isinstance(value, dict):
+        return {key: _clean(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eapo_fast.reporting.metrics import Row, series
@@ -55,7 +56,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("solo accuracy", _accuracy_text(summary.get("solo_before"), summary.get("solo_after"))),
         ("consults", _consult_text(summary.get("consults") or {})),
         ("wall time", _time_text(summary.get("seconds") or {}, summary.get("steps"))),
-        ("results", str(summary.get("run_dir") or "")),
+        ("results", _results_text(summary.get("run_dir"))),
     ]
     return [(label, text) for label, text in lines if text]
 
@@ -90,6 +91,15 @@ def summarise(rows: Sequence[Row], **known: Any) -> dict[str, Any]:
         "steps": max((int(row.get("step", 0)) for row in rows), default=0),
     }
     return summary | known
+
+
+def _results_text(run_dir: str | None) -> str:
+    """The directory and which of its parts are there."""
+    if not run_dir:
+        return ""
+    names = ("report.html", "curves.png", "metrics.jsonl", "rollouts/", "final/")
+    found = ", ".join(name for name in names if (Path(run_dir) / name).exists())
+    return f"{run_dir}/  ({found})" if found else f"{run_dir}/"
 
 
 def _total(rows: Sequence[Row], name: str) -> float:

@@ -25,20 +25,24 @@ class Token(NamedTuple):
     """Whether white space stands before it."""
 
 
+def _names(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 END = Token("end", "", False)
 
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt abs".split()
+FUNCTIONS = _names(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt abs"
 )
-_GREEK = frozenset(
+_GREEK = _names(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
     "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi "
-    "Omega ell".split()
+    "Omega ell"
 )
-_DROPPED = frozenset(
+_DROPPED = _names(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
     "textstyle scriptstyle limits quad qquad boxed fbox thinspace hfill nonumber , ; : ! ( ) [ ] $ "
-    "> - / &".split()
+    "> - / &"
 ) | {" ", "\n", "\t"}
 _MARKS = {
     "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=",
@@ -56,14 +60,15 @@ _COMMANDS = {
 _WORD_COMMANDS = (
     FUNCTIONS | _GREEK | {"pi", "inf", "infty", "infinity", "oo", "asin", "acos", "atan"}
 )
-_TEXTS = frozenset(
-    "text textbf textit textrm textsf texttt mbox hbox mathrm mathbf mathit mathsf emph "
-    "operatorname boldsymbol bm".split()
+_TEXTS = _names(
+    "text textnormal textbf textit textrm textsf texttt mbox hbox mathrm mathbf mathit mathsf emph "
+    "operatorname boldsymbol bm"
 )
 _UNICODE = str.maketrans(
     {
         "\u2212": "-", "\u2013": "-", "\u2014": "-", "\u2010": "-", "\u00d7": "*", "\u00b7": "*",
-        "\u22c5": "*", "\u2217": "*", "\u00f7": "/", "\u2215": "/", "\u2044": "/", "\u00b1": "\\pm ",
+        "\u22c5": "*", "\u2217": "*", "\u00f7": "/", "\u2215": "/", "\u2044": "/",
+        "\u00b1": "\\pm ",
         "\u2213": "\\mp ", "\u2264": "<=", "\u2265": ">=", "\u2260": "!=", "\u221e": "\\infty ",
         "\u03c0": "\\pi ", "\u03b8": "\\theta ", "\u03b1": "\\alpha ", "\u03b2": "\\beta ",
         "\u222a": "\\cup ", "\u2208": "\\in ", "\u00b0": "\\degree ", "\u221a": "\\sqrt ",
@@ -76,8 +81,8 @@ _UNICODE = str.maketrans(
     }
 )  # fmt: skip
 
-_GROUPED = r"[1-9]\d{0,2}(?:(?:\{,\}|,\\!\s?|\\,|\\!\s?,)\d{3})+(?!\d)"
-_THOUSANDS = r"[1-9]\d{0,2}(?:,\d{3})+(?![\d,])"
+_GROUPED = r"[1-9]\d{0,2}(?:(?:\s?\{\s?,\s?\}|,\\!\s?|\\,|\\!\s?,)\d{3})+(?!\d)"
+_THOUSANDS = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?!\d|\s?/))"
 _DIGITS = r"(?:\d+\.\d*|\.\d+|\d+)"
 _NUMBER = re.compile(rf"(?:{_GROUPED}(?:\.\d+)?|{_DIGITS}(?:[eE][+-]?\d{{1,6}}(?![\w.]))?)")
 _LOOSE_NUMBER = re.compile(rf"(?:{_GROUPED}|{_THOUSANDS})(?:\.\d+)?")

@@ -4,45 +4,47 @@ from __future__ import annotations
 
 import re
 
-_SPELLINGS = {
-    "cm": "centimeter centimetre cms",
-    "mm": "millimeter millimetre",
-    "km": "kilometer kilometre kms",
-    "m": "meter metre",
-    "in": "inch inches",
-    "ft": "foot feet",
-    "yd": "yard",
-    "mi": "mile",
-    "g": "gram gramme",
-    "kg": "kilogram kilo kgs",
-    "mg": "milligram",
-    "lb": "pound lbs",
-    "oz": "ounce",
-    "l": "liter litre",
-    "ml": "milliliter millilitre",
-    "gal": "gallon",
-    "s": "second sec secs",
-    "min": "minute mins",
-    "h": "hour hr hrs",
-    "day": "",
-    "week": "",
-    "month": "",
-    "year": "yr yrs",
-    "degree": "deg",
-    "cent": "",
-    "dollar": "usd buck",
-    "mph": "",
-    "unit": "",
+_DIMENSIONS: dict[str, dict[str, str]] = {
+    "length": {
+        "cm": "centimeter centimetre",
+        "mm": "millimeter millimetre",
+        "km": "kilometer kilometre",
+        "m": "meter metre",
+        "in": "inch inches",
+        "ft": "foot feet",
+        "yd": "yard",
+        "mi": "mile",
+    },
+    "mass": {"g": "gram", "kg": "kilogram", "mg": "milligram", "lb": "pound", "oz": "ounce"},
+    "volume": {"l": "liter litre", "ml": "milliliter millilitre", "gal": "gallon"},
+    "time": {
+        "s": "second sec",
+        "min": "minute",
+        "h": "hour hr",
+        "day": "",
+        "week": "",
+        "month": "",
+        "year": "yr",
+    },
+    "angle": {"degree": "deg", "rad": "radian"},
+    "money": {"cent": "", "dollar": "usd buck"},
+    "speed": {"mph": ""},
+    "count": {"unit": ""},
 }
+_DIMENSION_OF = {unit: kind for kind, units in _DIMENSIONS.items() for unit in units}
 _CANONICAL = {
     form: unit
-    for unit, spellings in _SPELLINGS.items()
+    for units in _DIMENSIONS.values()
+    for unit, spellings in units.items()
     for word in (unit, *spellings.split())
     for form in (word, f"{word}s")
 }
 
 UNIT_LETTERS = frozenset("mgsLhN")
 """Single letters that are read as a unit when they follow a number and a space."""
+
+PERCENT = frozenset(("percent", "pct"))
+"""Words for a per cent sign."""
 
 SCALES = {
     "hundred": 100,
@@ -70,4 +72,9 @@ def canonical_unit(text: str) -> str:
 def is_known(unit: str) -> bool:
     """Tell whether every word of a canonical unit is in the table."""
     words = [word for word in unit.split() if word != "/" and not word.isdigit()]
-    return bool(words) and all(word in _SPELLINGS for word in words)
+    return bool(words) and all(word in _DIMENSION_OF for word in words)
+
+
+def dimension(unit: str) -> str:
+    """Return what a known canonical unit measures, `cm 2` as `length 2`."""
+    return " ".join(_DIMENSION_OF.get(word, word) for word in unit.split())

@@ -86,9 +86,7 @@ def exact(node: Node, point: Point, meter: Meter) -> Gaussian:
             below = exact(bottom, point, meter)
             return _metered(_multiply(exact(top, point, meter), _inverse(below)), meter)
         case Power(base, exponent):
-            return _exact_power(
-                exact(base, point, meter), exact(exponent, point, meter), meter
-            )
+            return _exact_power(exact(base, point, meter), exact(exponent, point, meter), meter)
         case Percent(operand):
             return _multiply(exact(operand, point, meter), Gaussian(Fraction(1, 100)))
         case Quantity(operand, _):
@@ -143,7 +141,7 @@ def numeric_context(digits: int) -> Any:
     """Return an `mpmath` context of that many digits; raises `Unreadable` above the limit."""
     if digits > MAX_DECIMALS:
         raise Unreadable(f"more than {MAX_DECIMALS} digits would be needed")
-    import mpmath
+    import mpmath  # type: ignore[import-untyped]
 
     context = mpmath.MPContext()
     context.dps = digits
@@ -220,9 +218,15 @@ def _exact_root(base: Gaussian, degree: int) -> Gaussian:
     raise Inexact
 
 
+_LARGEST_ROOT = 4096
+"""Most bits of a radicand whose cube root (or higher) is looked for."""
+
+
 def _integer_root(value: int, degree: int) -> int:
     if degree == 2:
         root = math.isqrt(value)
+    elif value.bit_length() > _LARGEST_ROOT:
+        raise Inexact
     else:
         low, high = 0, 1 << (value.bit_length() // degree + 1)
         while low < high:
@@ -289,6 +293,8 @@ def _numeric_power(base: Node, exponent: Node, point: Point, context: Any, meter
         elif degree == 1:
             upper = power.re.numerator
     if abs(lower) < _tiny(context):
+        if context.re(upper) > 0:
+            return context.zero
         raise Undefined("a power of zero")
     if abs(upper) * (2 + abs(context.mag(lower))) > _LARGEST:
         raise Unreadable("a power out of range")
@@ -364,8 +370,9 @@ def _bits(node: Node) -> int:
         case Number() | Numeral():
             return _size(node.value)
         case Power(base, exponent):
-            degree = exponent.value if isinstance(exponent, Number) else Fraction(2)
-            return math.ceil((_bits(base) + 2) * min(max(1, abs(degree)), MAX_BITS)) + 8
+            degree = abs(exponent.value) if isinstance(exponent, Number) else Fraction(2)
+            bound = 1.0 if degree < 1 else float(min(degree, Fraction(MAX_BITS)))
+            return math.ceil((_bits(base) + 2) * bound) + 8
         case Call("factorial", (Number(value),)) if value <= MAX_FACTORIAL:
             return math.ceil(float(value) * 13) + 8
         case _:

@@ -152,15 +152,7 @@ def reward_name(function: RewardFunction) -> str:
 
 
 def _resolve(function: RewardFunction | str) -> RewardFunction:
-    if callable(function):
-        return function
-    found = getattr(rewards, function, None)
-    if callable(found):
-        return found  # type: ignore[no-any-return]
-    raise ConfigError(
-        f"reward_funcs: {function!r} is neither callable nor a function of eapo_fast.rewards "
-        f"(models as rewards are not supported)"
-    )
+    return rewards.get(function) if isinstance(function, str) else function
 
 
 async def _awaited(value: Any) -> Any:

@@ -18,6 +18,13 @@ from eapo_fast.training.optimizer import LearningRate, build_optimizer
 from eapo_fast.training.packing import MicroBatch, micro_batches
 from eapo_fast.training.policy import Policy
 
+_TRL_NAMES = {
+    "logp_difference_mean": "sampling/sampling_logp_difference/mean",
+    "logp_difference_max": "sampling/sampling_logp_difference/max",
+    "ratio_mean": "sampling/importance_sampling_ratio/mean",
+    "ratio_max": "sampling/importance_sampling_ratio/max",
+}
+
 
 class Updater:
     """Owns optimizer and reference model; turns scored rollouts into one update.
@@ -77,7 +84,7 @@ class Updater:
                 output.loss.backward()
             parts["loss"].append(output.loss.detach())
             for name, value in output.metrics.items():
-                parts[name].append(value)
+                parts[_TRL_NAMES.get(name, name)].append(value)
         return {name: _combined(name, values) for name, values in parts.items()}
 
     def _loss(self, batch: MicroBatch, num_tokens: int, num_sequences: int) -> ops.LossOutput:

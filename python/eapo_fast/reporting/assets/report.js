@@ -72,7 +72,7 @@
     };
     line(el("span", "mark " + kind, words[kind]));
     line("reward ", el("b", "", number(r.reward, 2)));
-    if (typeof r.advantage === "number")
+    if (typeof r.advantage === "number" && r.split !== "eval")
       line("advantage ", el("b", r.advantage > 0 ? "right" : r.advantage < 0 ? "wrong" : "", number(r.advantage, 2, true)));
     const tokens = sum((r.segments || []).filter((s) => s.kind === "policy").map((s) => s.tokens || 0));
     line(tokens + " tokens, " + (r.finish_reason || "?"));

@@ -1,0 +1,388 @@
+"""Are two answers the same? Structure first (sets, tuples, intervals, texts), then values."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from fractions import Fraction
+
+from eapo_fast.rewards.scalars import Arena, Outcome, compare_scalars, proportional
+from eapo_fast.rewards.tree import (
+    COLLECTIONS,
+    INFINITY,
+    Bracketed,
+    Listing,
+    Matrix,
+    Node,
+    Number,
+    Numeral,
+    Product,
+    Quantity,
+    Quotient,
+    Ratio,
+    Relation,
+    SetOf,
+    Signed,
+    Sum,
+    Symbol,
+    Text,
+    Union,
+    children,
+    negated,
+    walk,
+)
+from eapo_fast.rewards.units import dimension, is_known
+
+_FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
+_FUNCTION_NAMES = frozenset("fghpqrFGHPQR")
+_ARTICLES = re.compile(r"\b(?:the|a|an)\b")
+
+
+def compare(a: Node, b: Node, arena: Arena) -> Outcome:
+    """Compare two answers, whatever their kind; symmetric in its two trees."""
+    a, b = _plain(a), _plain(b)
+    if a == b:
+        return Outcome(True, "the same expression")
+    named = isinstance(a, Relation), isinstance(b, Relation)
+    if all(named):
+        return _compare_relations(a, b, arena)
+    if any(named):
+        return _compare_relation_with_value(a, b, arena)
+    if isinstance(a, Text) or isinstance(b, Text):
+        return _compare_texts(a, b, arena)
+    if isinstance(a, COLLECTIONS) or isinstance(b, COLLECTIONS):
+        return _compare_collections(a, b, arena)
+    return _compare_values(a, b, arena)
+
+
+# Readings of one answer
+
+
+def _plain(node: Node) -> Node:
+    """Expand plus-minus into a list and inequalities into intervals."""
+    if isinstance(node, (Listing, SetOf)):
+        items = [part for item in node.items for part in _spread(item)]
+        if isinstance(node, SetOf):
+            return SetOf(tuple(items))
+        intervals = [_interval(item) for item in items]
+        parts = tuple(part for part in intervals if part is not None)
+        if len(parts) == len(items) and not node.joined:
+            return Union(parts)
+        return Listing(tuple(items), node.joined)
+    if isinstance(node, Relation):
+        return _interval(node) or node
+    spread = _spread(node)
+    return spread[0] if len(spread) == 1 else Listing(tuple(spread))
+
+
+def _spread(node: Node) -> list[Node]:
+    if not any(isinstance(part, Signed) for part in walk(node)):
+        return [node]
+    return [_with_sign(node, 1), _with_sign(node, -1)]
+
+
+def _with_sign(node: Node, sign: int) -> Node:
+    """Replace every plus-minus by one of its signs (the upper signs belong together)."""
+    match node:
+        case Signed(own, operand):
+            inner = _with_sign(operand, sign)
+            return inner if own * sign > 0 else negated(inner)
+        case Sum(parts):
+            return Sum(tuple(_with_sign(part, sign) for part in parts))
+        case Product(parts):
+            return Product(tuple(_with_sign(part, sign) for part in parts))
+        case Quotient(top, bottom):
+            return Quotient(_with_sign(top, sign), _with_sign(bottom, sign))
+        case Quantity(operand, unit):
+            return Quantity(_with_sign(operand, sign), unit)
+        case Relation(sides, operators):
+            return Relation(tuple(_with_sign(side, sign) for side in sides), operators)
+        case Bracketed(opening, closing, items):
+            return Bracketed(opening, closing, tuple(_with_sign(item, sign) for item in items))
+        case _:
+            return node
+
+
+def _interval(node: Node) -> Node | None:
+    """Read `x > 5`, `1 < x <= 2` and `x in S` as the set they describe."""
+    if not isinstance(node, Relation):
+        return None
+    sides, operators = node.sides, node.operators
+    if operators == ("in",) and _is_name(sides[0]):
+        return sides[1]
+    if any(operator not in ("<", "<=", ">", ">=") for operator in operators):
+        return None
+    if len(sides) == 2 and isinstance(sides[1], Symbol):
+        sides, operators = (sides[1], sides[0]), (_FLIPPED[operators[0]],)
+    if len(sides) == 2 and isinstance(sides[0], Symbol) and _is_constant(sides[1]):
+        closed = "=" in operators[0]
+        if operators[0].startswith("<"):
+            return Bracketed("(", "]" if closed else ")", (negated(INFINITY), sides[1]))
+        return Bracketed("[" if closed else "(", ")", (sides[1], INFINITY))
+    return _bounded_interval(sides, operators)
+
+
+def _bounded_interval(sides: tuple[Node, ...], operators: tuple[str, ...]) -> Node | None:
+    if len(sides) != 3 or not isinstance(sides[1], Symbol):
+        return None
+    if not (_is_constant(sides[0]) and _is_constant(sides[2])):
+        return None
+    if {operator[0] for operator in operators} == {">"}:
+        sides, operators = sides[::-1], operators[::-1]
+    elif {operator[0] for operator in operators} != {"<"}:
+        return None
+    opening = "[" if "=" in operators[0] else "("
+    closing = "]" if "=" in operators[1] else ")"
+    return Bracketed(opening, closing, (sides[0], sides[2]))
+
+
+def _is_constant(node: Node) -> bool:
+    return not any(isinstance(part, (Symbol, Relation)) for part in walk(node))
+
+
+def _is_name(node: Node) -> bool:
+    """Tell whether a side names the answer: `x`, `f(x)`, `(x, y)`, `\\text{Area}`."""
+    match node:
+        case Symbol() | Text():
+            return True
+        case Product((Symbol(name), Symbol())):
+            return name in _FUNCTION_NAMES
+        case Product(factors):
+            return all(isinstance(factor, Symbol) for factor in factors)
+        case Bracketed(_, _, items):
+            return all(isinstance(item, Symbol) for item in items)
+        case _:
+            return False
+
+
+def _assigned(node: Node) -> Node:
+    """Return the value of `name = value`; of a chain of constants the last."""
+    if not isinstance(node, Relation) or any(o not in ("=", "approx") for o in node.operators):
+        return node
+    if node.operators[-1] == "approx" and not (len(node.sides) == 2 and _is_name(node.sides[0])):
+        shorter = node.sides[:-1]
+        return _assigned(Relation(shorter, node.operators[:-1])) if len(shorter) > 1 else shorter[0]
+    if _is_name(node.sides[0]):
+        return node.sides[-1]
+    if _is_name(node.sides[-1]):
+        return node.sides[0]
+    return node.sides[-1] if all(_is_constant(side) for side in node.sides) else node
+
+
+# Relations
+
+
+def _compare_relation_with_value(a: Node, b: Node, arena: Arena) -> Outcome:
+    a, b = _assigned(a), _assigned(b)
+    if not isinstance(a, Relation) and not isinstance(b, Relation):
+        return compare(a, b, arena)
+    relation, value = (a, b) if isinstance(a, Relation) else (b, a)
+    assert isinstance(relation, Relation)
+    if isinstance(value, (Bracketed, Union, SetOf, Listing)):
+        return Outcome(None, "a relation against a set")
+    sides = [compare(side, value, arena) for side in relation.sides]
+    if all(side.equal is False for side in sides):
+        return Outcome(False, "a relation against a value that is none of its sides")
+    return Outcome(None, "a relation against a value")
+
+
+def _compare_relations(a: Node, b: Node, arena: Arena) -> Outcome:
+    assert isinstance(a, Relation)
+    assert isinstance(b, Relation)
+    left, right = _assigned(a), _assigned(b)
+    if not isinstance(left, Relation) and not isinstance(right, Relation):
+        same_name = a.sides[0] == b.sides[0] or isinstance(a.sides[0], (Text, Product))
+        if same_name or isinstance(b.sides[0], (Text, Product)):
+            return compare(left, right, arena)
+    if len(a.sides) != 2 or len(b.sides) != 2:
+        return Outcome(None, "chains of relations")
+    return _compare_equations(a, b, arena)
+
+
+def _compare_equations(a: Relation, b: Relation, arena: Arena) -> Outcome:
+    operators = a.operators[0], b.operators[0]
+    if not set(operators) <= set(_FLIPPED):
+        return Outcome(None, "a relation that is not compared")
+    if any(isinstance(side, (*COLLECTIONS, Text)) for side in (*a.sides, *b.sides)):
+        return Outcome(None, "relations between collections")
+    first, second = _difference(a.sides), _difference(b.sides)
+    if operators[0] != operators[1]:
+        if operators[0] != _FLIPPED[operators[1]]:
+            return Outcome(False, "different relations")
+        second = negated(second)
+    return proportional(first, second, arena, positive=operators[0][0] in "<>")
+
+
+def _difference(sides: tuple[Node, ...]) -> Node:
+    return Sum((sides[0], negated(sides[1])))
+
+
+# Texts
+
+
+def _compare_texts(a: Node, b: Node, arena: Arena) -> Outcome:
+    if isinstance(a, Text) and isinstance(b, Text):
+        words = normal_text(a.text), normal_text(b.text)
+        letters = [sorted(node.text) for node in (a, b) if _is_letters(node)]
+        same = words[0] == words[1] or (len(letters) == 2 and letters[0] == letters[1])
+        return Outcome(same, "the same words" if same else "different words")
+    text, other = (a, b) if isinstance(a, Text) else (b, a)
+    assert isinstance(text, Text)
+    if isinstance(other, Symbol):
+        same = normal_text(text.text) == other.name.lower()
+        return Outcome(same, "the same choice" if same else "a text against a symbol")
+    if _is_letters(text):
+        product = Product(tuple(Symbol(letter) for letter in text.text))
+        return compare(product, other, arena)
+    return Outcome(False, "a text against an expression")
+
+
+def _is_letters(node: Node) -> bool:
+    """Tell whether a text may be a product of variables."""
+    return isinstance(node, Text) and len(node.text) <= 3 and node.text.isalpha()
+
+
+def normal_text(text: str) -> str:
+    """Lower-case, without punctuation, articles and extra white space."""
+    kept = "".join(c if c not in string.punctuation else " " for c in text.lower())
+    words = kept.split()
+    return " ".join(words) if len(words) <= 1 else " ".join(_ARTICLES.sub(" ", kept).split())
+
+
+# Collections
+
+
+def _compare_collections(a: Node, b: Node, arena: Arena) -> Outcome:
+    pair = _aligned(a, b) or _aligned(b, a)
+    if pair is None and any(
+        isinstance(part, COLLECTIONS)
+        for node in (a, b)
+        if not isinstance(node, COLLECTIONS)
+        for part in walk(node)
+    ):
+        return Outcome(None, "arithmetic with collections")
+    if pair is None:
+        return Outcome(False, f"{_kind(a)} against {_kind(b)}")
+    kind, left, right = pair
+    if kind == "ratio":
+        return _compare_ratios(left, right, arena)
+    if len(left) != len(right) and kind != "set":
+        return Outcome(False, f"{len(left)} elements against {len(right)}")
+    if kind == "ordered":
+        return _all(compare(x, y, arena) for x, y in zip(left, right, strict=True))
+    return _same_members(left, right, arena)
+
+
+_Aligned = tuple[str, Sequence[Node], Sequence[Node]]
+
+
+def _aligned(a: Node, b: Node) -> _Aligned | None:
+    """Say how two collections are compared, or None if they cannot be equal."""
+    match a, b:
+        case Bracketed(), Bracketed():
+            same = (a.opening, a.closing) == (b.opening, b.closing)
+            vector = len(a.items) > 2 and len(b.items) > 2
+            return ("ordered", a.items, b.items) if same or vector else None
+        case Matrix(rows), Matrix(others):
+            if len(rows) != len(others):
+                return None
+            return "ordered", children(a), children(b)
+        case Matrix(rows), Bracketed("(" | "[", ")" | "]", items):
+            flat = len(rows) == 1 or len(rows[0]) == 1
+            return ("ordered", children(a), items) if flat else None
+        case (SetOf(left), SetOf(right)) | (SetOf(left), Listing(right)):
+            return "set", left, right
+        case Listing(left), Listing(right):
+            return "list", left, right
+        case Listing(left), Bracketed(("(" | "["), (")" | "]"), right):
+            return "ordered", left, right
+        case Union(left), Union(right):
+            return "set", left, right
+        case Ratio(left), Ratio(right):
+            return "ratio", left, right
+        case Ratio((top, bottom)), _ if not isinstance(b, COLLECTIONS):
+            return "ratio", (top, bottom), (b, Number(Fraction(1)))
+        case SetOf((single,)), _ if not isinstance(b, COLLECTIONS):
+            return "ordered", (single,), (b,)
+        case _:
+            return None
+
+
+def _kind(node: Node) -> str:
+    names = {Bracketed: "a tuple or interval", SetOf: "a set", Listing: "a list"}
+    return names.get(type(node), type(node).__name__.lower())
+
+
+def _all(outcomes: object) -> Outcome:
+    """Combine element by element: one difference decides, else one doubt does."""
+    doubt: Outcome | None = None
+    for outcome in outcomes:  # type: ignore[attr-defined]
+        if outcome.equal is False:
+            return Outcome(False, f"an element differs: {outcome.reason}")
+        if outcome.equal is None:
+            doubt = doubt or outcome
+    return doubt or Outcome(True, "equal element by element")
+
+
+def _same_members(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> Outcome:
+    """Match without order: every element must have an equal one on the other side."""
+    doubt: Outcome | None = None
+    unmatched = list(right)
+    for item in left:
+        outcomes = [compare(item, other, arena) for other in unmatched]
+        hit = next((i for i, outcome in enumerate(outcomes) if outcome.equal), None)
+        if hit is not None:
+            unmatched.pop(hit)
+            continue
+        doubt = doubt or next((o for o in outcomes if o.equal is None), None)
+        if doubt is None:
+            return Outcome(False, "an element has no equal")
+    if doubt is None and unmatched:
+        return Outcome(False, "an element has no equal")
+    return doubt or Outcome(True, "the same elements")
+
+
+def _compare_ratios(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> Outcome:
+    if len(left) != len(right):
+        return Outcome(False, f"{len(left)} parts against {len(right)}")
+    return _all(
+        compare(Product((left[0], right[i])), Product((right[0], left[i])), arena)
+        for i in range(1, len(left))
+    )
+
+
+# Values
+
+
+def _compare_values(a: Node, b: Node, arena: Arena) -> Outcome:
+    if isinstance(a, Quantity) and isinstance(b, Quantity):
+        outcome = compare(a.operand, b.operand, arena)
+        if a.unit == b.unit or not (is_known(a.unit) and is_known(b.unit)):
+            return outcome
+        if outcome.equal is False and dimension(a.unit) == dimension(b.unit):
+            return Outcome(None, f"units are not converted: {a.unit}, {b.unit}")
+        return Outcome(False, f"units differ: {a.unit}, {b.unit}")
+    if isinstance(a, Quantity) or isinstance(b, Quantity):
+        return _compare_unit_on_one_side(a, b, arena)
+    outcome = compare_scalars(a, b, arena)
+    if outcome.equal is False and (_bare_digits(a, b) or _bare_digits(b, a)):
+        return Outcome(None, "the base is written on one side only")
+    return outcome
+
+
+def _compare_unit_on_one_side(a: Node, b: Node, arena: Arena) -> Outcome:
+    quantity, other = (a, b) if isinstance(a, Quantity) else (b, a)
+    assert isinstance(quantity, Quantity)
+    outcome = compare(quantity.operand, other, arena)
+    if outcome.equal or len(quantity.unit) != 1:
+        return outcome
+    return compare(Product((quantity.operand, Symbol(quantity.unit))), other, arena)
+
+
+def _bare_digits(numeral: Node, other: Node) -> bool:
+    return (
+        isinstance(numeral, Numeral)
+        and isinstance(other, Number)
+        and other.value == Fraction(int(numeral.digits))
+    )

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from eapo_fast.errors import ConfigError, DataError
+from eapo_fast.experts import (
+    Budget,
+    ConsultPolicy,
+    ConsultRequest,
+    ConsultScheduler,
+    ExpertReply,
+    Function,
+    Ledger,
+    Usage,
+)
+from eapo_fast.experts.budget import NANO, Reservation
+
+
+def test_caps_hold_over_random_events() -> None:
+    rng = random.Random(7)
+    ledger = Ledger(
+        [
+            Budget(consults=9_000, tokens=2_000_000, money=3.21),
+            Budget(consults=700, per="step"),
+            Budget(tokens=9_001, money=0.017, per="prompt"),
+            Budget(consults=2, per="rollout"),
+        ]
+    )
+    held: list[tuple[Reservation, Usage]] = []
+    for event in range(30_000):
+        if len(held) < 512 and rng.random() < 0.55:
+            request = ConsultRequest(
+                "q", step=event // 3000, prompt=rng.randrange(17), rollout=rng.randrange(5)
+            )
+            worst = Usage(rng.randrange(400), rng.randrange(600), rng.random() * 2e-3)
+            held += [(one, worst)] if (one := ledger.reserve(request, worst)) else []
+        elif held:
+            one, worst = held.pop(rng.randrange(len(held)))
+            _finish(ledger, one, worst, rng)
+        total = ledger.total()
+        assert total.consults <= 9_000
+        assert total.tokens <= 2_000_000
+        assert total.nano <= 3.21 * NANO
+    _check_accounts(ledger)
+    assert ledger.overruns == 0
+
+
+def _finish(ledger: Ledger, one: Reservation, worst: Usage, rng: random.Random) -> None:
+    fate = rng.randrange(3)
+    if fate == 0:
+        ledger.release(one)
+    elif fate == 1:
+        ledger.settle(one, None)
+    else:
+        share = rng.random()
+        used = Usage(
+            int(worst.prompt_tokens * share), int(worst.completion_tokens * share), worst.cost
+        )
+        ledger.settle(one, used)
+    ledger.release(one)
+
+
+def _check_accounts(ledger: Ledger) -> None:
+    for per, book in ledger.state_dict()["accounts"].items():
+        for consults, tokens, nano in book.values():
+            for budget in (budget for budget in ledger.budgets if budget.per == per):
+                assert budget.consults is None or consults <= budget.consults
+                assert budget.tokens is None or tokens <= budget.tokens
+                assert budget.money is None or nano <= budget.money * NANO
+
+
+def test_unknown_outcome_keeps_the_worst_case_and_an_overrun_is_counted() -> None:
+    ledger = Ledger(Budget(tokens=100))
+    first = ledger.reserve(ConsultRequest("q"), Usage(10, 50))
+    assert first is not None
+    ledger.settle(first, None)
+    assert ledger.total().tokens == 60
+    second = ledger.reserve(ConsultRequest("q"), Usage(10, 30))
+    assert second is not None
+    ledger.settle(second, Usage(10, 90))
+    assert (ledger.total().tokens, ledger.overruns) == (160, 1)
+    assert ledger.reserve(ConsultRequest("q"), Usage(0, 0)) is None
+
+
+def test_state_survives_json_and_counts_open_reservations_as_spent() -> None:
+    ledger = Ledger([Budget(consults=3), Budget(consults=1, per="rollout")])
+    assert ledger.reserve(ConsultRequest("q", step=4, prompt=2, rollout=1), Usage(5, 5))
+    copy = Ledger(ledger.budgets)
+    copy.load_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    assert copy.state_dict() == ledger.state_dict()
+    assert copy.reserve(ConsultRequest("q", step=4, prompt=2, rollout=1), Usage(0, 0)) is None
+    assert copy.reserve(ConsultRequest("q", step=4, prompt=2, rollout=0), Usage(0, 0))
+    with pytest.raises(DataError, match="ledger"):
+        copy.load_state_dict({"accounts": {"run": {"": ["a"]}}})
+
+
+def test_a_budget_refuses_with_its_status_and_never_oversends() -> None:
+    calls: list[str] = []
+
+    def answer(request: ConsultRequest) -> ExpertReply:
+        calls.append(request.query)
+        return ExpertReply("r", Usage(1, 1))
+
+    with ConsultScheduler(Function(answer), ConsultPolicy(), Budget(consults=5)) as desk:
+        handles = [desk.submit(ConsultRequest(f"q{i}")) for i in range(40)]
+        statuses = [handle.result(5.0).status for handle in handles]
+        state = desk.state_dict()
+    assert len(calls) == statuses.count("ok") == 5
+    assert statuses.count("budget") == 35
+    with ConsultScheduler(Function(answer), budget=Budget(consults=6)) as again:
+        again.load_state_dict(json.loads(json.dumps(state)))
+        statuses = [again.submit(ConsultRequest(f"n{i}")).result(5.0).status for i in range(3)]
+    assert statuses == ["ok", "budget", "budget"]
+
+
+def test_money_needs_prices() -> None:
+    with pytest.raises(ConfigError, match="no prices"):
+        ConsultScheduler(Function(lambda request: "r"), budget=Budget(money=1.0))
+    with ConsultScheduler(
+        Function(lambda request: ExpertReply("r", Usage(1, 1, 0.3)), max_cost=0.4),
+        budget=Budget(money=1.0),
+    ) as desk:
+        results = [desk.submit(ConsultRequest(f"{i}")).result(5.0) for i in range(5)]
+    assert [result.status for result in results] == ["ok", "ok", "ok", "budget", "budget"]
+    assert results[0].cost == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("bad", [{"per": "day"}, {"consults": -1}, {"money": float("nan")}])
+def test_bad_budgets_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        Budget(**bad)

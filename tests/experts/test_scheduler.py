@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from eapo_fast.errors import ConfigError, ExpertError
+from eapo_fast.experts import (
+    STATUSES,
+    Budget,
+    ConsultPolicy,
+    ConsultRequest,
+    ConsultScheduler,
+    ExpertFailure,
+    ExpertReply,
+    Function,
+    Usage,
+)
+
+PATIENT = ConsultPolicy(timeout=10.0)
+
+
+def ask(number: int = 0, **place: int) -> ConsultRequest:
+    return ConsultRequest(f"q{number}", "a problem", **place)
+
+
+class Batches:
+    """Records the sizes of its batches."""
+
+    def __init__(self, size: int) -> None:
+        self.max_batch_size = size
+        self.sizes: list[int] = []
+
+    async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
+        self.sizes.append(len(requests))
+        return [ExpertReply(request.query.upper()) for request in requests]
+
+
+class Flaky:
+    """Fails with the scripted replies first, then answers."""
+
+    max_batch_size = 1
+
+    def __init__(self, *failures: ExpertReply | Exception) -> None:
+        self.failures = list(failures)
+        self.calls = 0
+
+    async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
+        self.calls += 1
+        await asyncio.sleep(0)
+        if self.failures:
+            failure = self.failures.pop(0)
+            if isinstance(failure, Exception):
+                raise failure
+            return [failure]
+        return [ExpertReply("recovered", Usage(2, 1))]
+
+
+class Silent:
+    """Never answers; counts who is still being served."""
+
+    max_batch_size = 1
+
+    def __init__(self) -> None:
+        self.open = 0
+
+    async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
+        self.open += 1
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            self.open -= 1
+        return []
+
+
+def test_batches_fill_by_size_by_flush_and_by_age() -> None:
+    expert = Batches(4)
+    with ConsultScheduler(expert, ConsultPolicy(max_wait=30.0, timeout=60.0)) as desk:
+        handles = [desk.submit(ask(i)) for i in range(10)]
+        assert [handle.result(5.0).text for handle in handles[:8]] == [f"Q{i}" for i in range(8)]
+        assert not handles[9].done()
+        desk.flush()
+        assert handles[9].result(5.0).text == "Q9"
+    assert expert.sizes == [4, 4, 2]
+    aged = Batches(4)
+    with ConsultScheduler(aged, ConsultPolicy(max_wait=0.02)) as desk:
+        assert desk.submit(ask()).result(5.0).status == "ok"
+    assert aged.sizes == [1]
+
+
+def test_concurrency_is_bounded() -> None:
+    running, peak = 0, 0
+
+    async def slow(request: ConsultRequest) -> str:
+        nonlocal running, peak
+        running += 1
+        peak = max(peak, running)
+        await asyncio.sleep(0.002)
+        running -= 1
+        return "r"
+
+    with ConsultScheduler(Function(slow), ConsultPolicy(max_concurrency=7)) as desk:
+        handles = [desk.submit(ask(i)) for i in range(60)]
+        assert {handle.result(5.0).status for handle in handles} == {"ok"}
+    assert peak == 7
+
+
+@pytest.mark.parametrize(
+    ("dedup", "distinct", "calls"),
+    [
+        ("in_flight", False, 1),
+        ("in_flight", True, 16),
+        ("off", False, 16),
+    ],
+)
+def test_equal_requests_share_one_call(dedup: str, distinct: bool, calls: int) -> None:
+    gate = threading.Event()
+
+    def fn(request: ConsultRequest) -> ExpertReply:
+        gate.wait(5.0)
+        return ExpertReply("same", Usage(5, 5, 0.5))
+
+    policy = ConsultPolicy(dedup=dedup)
+    with ConsultScheduler(Function(fn, max_cost=1.0), policy, Budget(money=100.0)) as desk:
+        handles = [desk.submit(ask(rollout=i, sample_index=i * distinct)) for i in range(16)]
+        gate.set()
+        results = [handle.result(5.0) for handle in handles]
+        metrics = desk.drain_metrics()
+    assert {result.text for result in results} == {"same"}
+    assert metrics["expert/sent"] == calls
+    assert metrics["expert/merged"] == 16 - calls
+    assert sum(result.cost for result in results) == pytest.approx(calls * 0.5)
+
+
+def test_waiters_outlive_their_leader() -> None:
+    release = asyncio.Event()
+
+    async def slow(request: ConsultRequest) -> str:
+        await release.wait()
+        return "late but true"
+
+    with ConsultScheduler(Function(slow), ConsultPolicy(timeout=0.4)) as desk:
+        leader = desk.submit(ask(rollout=0))
+        cancelled = desk.submit(ask(rollout=1))
+        time.sleep(0.25)
+        waiter = desk.submit(ask(rollout=2))
+        cancelled.cancel()
+        assert cancelled.result(0.0).status == "cancelled"
+        assert leader.result(5.0).status == "timeout"
+        desk._thread.call(release.set)
+        assert waiter.result(5.0).text == "late but true"
+        metrics = desk.drain_metrics()
+    assert metrics["expert/sent"] == 1
+
+
+def test_a_failed_leader_leaves_later_waiters_their_own_retries() -> None:
+    down = ExpertReply.failed("down", "gone")
+    expert = Flaky(down, down, down)
+    with ConsultScheduler(expert, ConsultPolicy(retries=1, timeout=10.0)) as desk:
+        leader = desk.submit(ask(rollout=0))
+        while expert.calls < 1:
+            time.sleep(0.001)
+        waiter = desk.submit(ask(rollout=1))
+        assert leader.result(5.0).status == "down"
+        assert waiter.result(5.0).status in ("ok", "down")
+    assert expert.calls >= 2
+
+
+@pytest.mark.parametrize("stuck", ["awaiting", "thread", "loop"])
+def test_an_expert_that_never_answers_cannot_hold_a_rollout(stuck: str) -> None:
+    release = threading.Event()
+
+    async def blocks_the_loop(request: ConsultRequest) -> str:
+        release.wait(3.0)
+        return "too late"
+
+    expert = {
+        "awaiting": Silent(),
+        "thread": Function(lambda request: "too late" if release.wait(3.0) else ""),
+        "loop": Function(blocks_the_loop),
+    }[stuck]
+    policy = ConsultPolicy(timeout=0.3, max_concurrency=16)
+    with ConsultScheduler(expert, policy) as desk:
+        start = time.monotonic()
+        handles = [desk.submit(ask(i)) for i in range(256)]
+        results = [handle.result(5.0) for handle in handles]
+        assert time.monotonic() - start < 0.3 + 0.25 + 0.2
+        statuses = [result.status for result in results]
+        assert set(statuses) <= {"timeout", "down"}
+        assert statuses.count("timeout") >= 16
+        release.set()
+    assert not isinstance(expert, Silent) or expert.open == 0
+    assert [handle.result().status for handle in handles] == statuses
+
+
+def test_retries_stay_inside_the_deadline_and_are_counted() -> None:
+    expert = Flaky(ExpertReply.failed("down"), OSError("reset"))
+    with ConsultScheduler(expert, PATIENT) as desk:
+        assert desk.submit(ask()).result(5.0).text == "recovered"
+        metrics = desk.drain_metrics()
+    assert (expert.calls, metrics["expert/retries"], metrics["expert/sent"]) == (3, 2, 3)
+    hopeless = Flaky(ExpertReply.failed("rate", retry_after=30.0))
+    with ConsultScheduler(hopeless, ConsultPolicy(timeout=5.0)) as desk:
+        start = time.monotonic()
+        assert desk.submit(ask(1)).result(5.0).status == "rate"
+        assert desk.submit(ask(2)).result(5.0).status == "rate"
+        assert time.monotonic() - start < 1.0
+    assert hopeless.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        (ExpertReply.failed("refused", "no"), "refused"),
+        (ExpertReply.failed("too_long"), "too_long"),
+        (ExpertFailure(ExpertReply.failed("malformed", "x")), "malformed"),
+        (ZeroDivisionError("1/0"), "malformed"),
+        (ExpertReply(" \x00 "), "malformed"),
+        (ExpertReply(17), "malformed"),
+        ("not a reply", "malformed"),
+    ],
+    ids=str,
+)
+def test_final_failures_are_data_and_are_not_retried(failure: object, status: str) -> None:
+    expert = Flaky(failure)
+    with ConsultScheduler(expert, PATIENT) as desk:
+        result = desk.submit(ask()).result(5.0)
+    assert (result.status, result.text, expert.calls) == (status, "", 1)
+
+
+def test_wrong_number_of_replies_is_malformed() -> None:
+    class Forgetful(Batches):
+        async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
+            return []
+
+    with ConsultScheduler(Forgetful(2)) as desk:
+        handles = [desk.submit(ask(i)) for i in range(4)]
+        assert {handle.result(5.0).status for handle in handles} == {"malformed"}
+
+
+def test_the_breaker_leaves_a_dead_expert_alone_and_recovers() -> None:
+    down = ExpertReply.failed("down", retry=False)
+    expert = Flaky(*[down] * 4)
+    policy = ConsultPolicy(breaker_failures=3, breaker_period=0.3)
+    with ConsultScheduler(expert, policy) as desk:
+        for i in range(50):
+            assert desk.submit(ask(i)).result(5.0).status == "down"
+        assert expert.calls == 3
+        time.sleep(0.32)
+        probes = [desk.submit(ask(100 + i)) for i in range(20)]
+        assert {handle.result(5.0).status for handle in probes} == {"down"}
+        assert expert.calls == 4
+        time.sleep(0.32)
+        assert desk.submit(ask(200)).result(5.0).status == "ok"
+        assert desk.submit(ask(201)).result(5.0).status == "ok"
+        assert desk.drain_metrics()["expert/blocked_by_breaker"] == 47 + 19
+
+
+def test_exception_text_reaches_the_log_but_not_the_policy(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expert = Flaky(ValueError("internal path /secret/place"))
+    with caplog.at_level(logging.WARNING), ConsultScheduler(expert) as desk:
+        result = desk.submit(ask()).result(5.0)
+    assert "internal path" not in result.text
+    assert "internal path" in result.detail
+    assert "internal path" in caplog.text
+
+
+def test_close_cancels_what_is_open_and_ends_everything() -> None:
+    expert = Silent()
+    desk = ConsultScheduler(expert, ConsultPolicy(timeout=60.0), Budget(consults=100))
+    handles = [desk.submit(ask(i)) for i in range(80)]
+    while expert.open < 64:
+        time.sleep(0.005)
+    desk.close()
+    desk.close()
+    assert {handle.result(0.0).status for handle in handles} == {"cancelled"}
+    assert expert.open == 0
+    assert desk.ledger.total().consults == 64
+    with pytest.raises(ExpertError, match="closed"):
+        desk.submit(ask())
+
+
+def test_wait_reports_each_completion_once() -> None:
+    release = threading.Event()
+    with ConsultScheduler(Function(lambda r: "r" if release.wait(5.0) else ""), PATIENT) as desk:
+        assert not desk.wait(5.0)
+        desk.submit(ask())
+        assert not desk.wait(0.02)
+        release.set()
+        assert desk.wait(5.0)
+        assert not desk.wait(5.0)
+        release.clear()
+        unfinished = desk.submit(ask(1))
+        with pytest.raises(TimeoutError):
+            unfinished.result(0.01)
+        release.set()
+
+
+def test_metric_names_are_fixed_and_counts_add_up() -> None:
+    def fn(request: ConsultRequest) -> str:
+        if request.prompt % 3 == 0:
+            raise ValueError("bad query")
+        return "r"
+
+    policy = ConsultPolicy(schedule="inverse")
+    with ConsultScheduler(Function(fn, immediate=True), policy, Budget(consults=30)) as desk:
+        empty = desk.drain_metrics()
+        for i in range(200):
+            desk.submit(ask(i, step=2, prompt=i))
+        desk.flush()
+        metrics = desk.drain_metrics()
+    assert empty.keys() == metrics.keys()
+    assert set(empty.values()) == {0.0}
+    assert sum(metrics[f"expert/{status}"] for status in STATUSES) == metrics["expert/asked"] == 200
+    assert metrics["expert/saved_by_gate"] == metrics["expert/declined"] > 60
+    assert metrics["expert/sent"] == metrics["expert/ok"] + metrics["expert/malformed"]
+    assert metrics["expert/budget"] > 0
+
+
+def test_long_replies_are_cut_and_flagged() -> None:
+    policy = ConsultPolicy(max_reply_tokens=4)
+    with ConsultScheduler(Function(lambda r: "y" * 100, immediate=True), policy) as desk:
+        result = desk.submit(ask()).result()
+    assert (result.status, result.text, result.truncated) == ("ok", "y" * 32, True)
+
+
+def test_an_immediate_expert_that_waits_is_told_so() -> None:
+    class Liar(Batches):
+        immediate = True
+
+        async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
+            await asyncio.sleep(0)
+            return []
+
+    with ConsultScheduler(Liar(2)) as desk:
+        result = desk.submit(ask()).result()
+    assert result.status == "malformed"
+    assert "immediate=True" in result.detail
+
+
+def test_unusable_experts_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"experts\.Function"):
+        ConsultScheduler(lambda request: "r")
+    with pytest.raises(ConfigError, match="sync function"):
+        Function(Silent().answer, immediate=True)
+
+
+def test_probe_reports_in_words_and_never_raises() -> None:
+    class Sick(Batches):
+        def probe(self) -> str | None:
+            raise OSError("no route")
+
+    with ConsultScheduler(Sick(1)) as desk:
+        assert desk.probe() == "OSError: no route"
+    with ConsultScheduler(Batches(1)) as desk:
+        assert desk.probe() is None
+
+
+def test_one_function_serves_two_schedulers_in_turn_and_at_once() -> None:
+    expert = Function(lambda request: request.query)
+    with ConsultScheduler(expert) as one, ConsultScheduler(expert) as two:
+        assert one.submit(ask(1)).result(5.0).text == "q1"
+        assert two.submit(ask(2)).result(5.0).text == "q2"
+        one.close()
+        assert two.submit(ask(3)).result(5.0).text == "q3"
+    with ConsultScheduler(expert) as third:
+        assert third.submit(ask(4)).result(5.0).text == "q4"
