@@ -190,16 +190,16 @@ void paged_attention(py::handle q_, py::handle k_, py::handle v_, py::handle k_c
   cpu::kernels().paged_attention(args);
 }
 
-// Pairs are independent: the result does not depend on their order.
+// Copying pair after pair must give the same as reading every source before writing any target.
 void check_copies(const TensorView& copies) {
   std::unordered_set<int32_t> targets;
-  const int32_t* pairs = copies.as<int32_t>();
-  for (int64_t i = 0; i < copies.size(0); ++i)
-    require(targets.insert(pairs[2 * i + 1]).second, "copies[", i, "]: block ", pairs[2 * i + 1],
+  for (int64_t i = 0; i < copies.size(0); ++i) {
+    const int32_t source = copies.as<int32_t>()[2 * i], target = copies.as<int32_t>()[2 * i + 1];
+    require(!targets.contains(source), "copies[", i, "]: source block ", source,
             " is the target of an earlier pair");
-  for (int64_t i = 0; i < copies.size(0); ++i)
-    require(!targets.contains(pairs[2 * i]), "copies[", i, "]: block ", pairs[2 * i],
-            " is both source and target");
+    require(targets.insert(target).second, "copies[", i, "]: target block ", target,
+            " is the target of an earlier pair");
+  }
 }
 
 void copy_blocks(py::handle cache_, py::handle copies_) {
@@ -259,7 +259,7 @@ void group_advantages(py::handle rewards_, py::handle group_ids_, const std::str
     valid.expect<bool>().expect_shape({rollouts}).expect_contiguous();
     args.valid = valid.as<bool>();
   }
-  require(args.center != Center::kLength || args.lengths != nullptr,
+  require(args.center != Center::kLength || !lengths_.is_none(),
           "center 'length' needs lengths, got None");
   const py::gil_scoped_release unlocked;
   cpu::group_advantages(args);

@@ -67,7 +67,7 @@ struct AdvantageArgs {
 // Double accumulation in the order of the rollouts; one thread, the same on every instruction set.
 void group_advantages(const AdvantageArgs& args);
 
-// Copies whole blocks of `block_bytes` by (source, target) pairs, none of which overlap.
+// Copies whole blocks of `block_bytes` by (source, target) pairs, pair after pair.
 void copy_blocks(void* cache, int64_t block_bytes, const int32_t* pairs, int64_t count);
 
 }  // namespace eapo::cpu

@@ -67,7 +67,8 @@ def paged_attention(
 def copy_blocks(cache: Tensor, copies: Tensor, *, backend: str = "auto") -> None:
     """Copy whole blocks inside `cache` [blocks, ...] by `copies` [C, 2] int32 (source, target).
 
-    No block may be the target of two pairs, or source of one and target of another.
+    No block may be the target of two pairs, nor a source after it was a target: the CPU kernel
+    raises `ValueError` then.
     """
     if choose_backend("copy_blocks", backend, {"cpu": cpu_refusal}, cache) == "reference":
         reference.copy_blocks(cache, copies)

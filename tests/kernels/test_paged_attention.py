@@ -265,7 +265,8 @@ def test_copy_blocks(backend: str, dtype: torch.dtype) -> None:
     cache = torch.arange(7 * 3 * 2 * 5).view(7, 3, 2, 5).to(dtype)
     want = cache.clone()
     want[[5, 1, 2]] = cache[[0, 0, 6]]
-    pairs = torch.tensor([[0, 5], [0, 1], [6, 2]], dtype=torch.int32)
+    want[0] = cache[3]
+    pairs = torch.tensor([[0, 5], [0, 1], [6, 2], [3, 0]], dtype=torch.int32)
     copy_blocks(cache, pairs, backend=backend)
     assert torch.equal(cache, want)
     copy_blocks(cache, pairs[:0], backend=backend)
@@ -275,8 +276,8 @@ def test_copy_blocks(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ([[0, 1], [2, 1]], "block 1 is the target of an earlier pair"),
-        ([[0, 1], [1, 2]], "block 1 is both source and target"),
+        ([[0, 1], [2, 1]], "target block 1 is the target of an earlier pair"),
+        ([[0, 1], [1, 2]], "source block 1 is the target of an earlier pair"),
         ([[0, 4]], "is 4, but there are 4 blocks"),
     ],
     ids=["target_twice", "chained", "out_of_range"],

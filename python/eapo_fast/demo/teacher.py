@@ -13,8 +13,8 @@ import numpy as np
 
 from eapo_fast.demo.chains import LETTERS, Chain, Step, apply, draw_step
 
-OPERATIONS = "++++***---//"
-"""Drawn from uniformly: about the shares of GSM8K's calculator marks."""
+OPERATIONS = "+++***---///"
+"""Drawn from uniformly; GSM8K has fewer of the last two, which take longest to learn."""
 MAX_QUERIES = 3
 LARGEST = 999
 

@@ -259,6 +259,8 @@ class Arithmetic(Cursor, ABC):
         with self.nested():
             if name == "frac":
                 return Quotient(self.argument(), self.argument())
+            if name == "surd":
+                return Power(self.primary(), _HALF)
             if name == "sqrt":
                 return self.root()
             if name in FUNCTIONS:

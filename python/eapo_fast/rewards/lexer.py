@@ -71,7 +71,7 @@ _UNICODE = str.maketrans(
         "\u00b1": "\\pm ",
         "\u2213": "\\mp ", "\u2264": "<=", "\u2265": ">=", "\u2260": "!=", "\u221e": "\\infty ",
         "\u03c0": "\\pi ", "\u03b8": "\\theta ", "\u03b1": "\\alpha ", "\u03b2": "\\beta ",
-        "\u222a": "\\cup ", "\u2208": "\\in ", "\u00b0": "\\degree ", "\u221a": "\\sqrt ",
+        "\u222a": "\\cup ", "\u2208": "\\in ", "\u00b0": "\\degree ", "\u221a": " sqrt ",
         "\u2248": "\\approx ", "\u2205": "\\emptyset ", "\u211d": "\\mathbb{R}", "\u00a0": " ",
         "\u2009": " ", "\u202f": " ", "\u20ac": "", "\u00a3": "", "\u00a5": "", "\u2019": "'",
         "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}",
@@ -189,7 +189,7 @@ class _Lexer:
         if word.lower() in ("or", "and"):
             self.add("mark", word.lower())
         elif word in _WORD_COMMANDS:
-            self.named(word)
+            self.named("surd" if word == "sqrt" else word)
         else:
             self.add("symbol" if len(word) == 1 else "word", word)
 
