@@ -50,7 +50,7 @@ test-cpp:
 	@PYTHON='$(PYTHON)' .ci/tools
 	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEAPO_FAST_PYTHON=OFF \
 	  -DEAPO_FAST_TESTS=ON -DEAPO_FAST_SANITIZE=address,undefined
-	cmake --build build/sanitize --parallel
+	unset MAKEFLAGS MFLAGS MAKELEVEL; cmake --build build/sanitize --parallel
 	ctest --test-dir build/sanitize --output-on-failure
 
 test-python: setup-test

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: tiny models with a real byte-level BPE tokenizer, `../shared` data."""
+"""Fixtures of all tests: tiny models with a real byte-level BPE tokenizer, `../shared` data."""
 
 from __future__ import annotations
 

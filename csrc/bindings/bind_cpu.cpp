@@ -1,13 +1,12 @@
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cmath>
-#include <optional>
 #include <string>
 #include <unordered_set>
 #include <utility>
 #include <vector>
 
+#include "bindings/advantage_args.h"
 #include "bindings/bindings.h"
 #include "bindings/tensor_view.h"
 #include "core/error.h"
@@ -23,12 +22,6 @@ constexpr int64_t kAny = -1;
 
 cpu::Storage storage_of(const TensorView& tensor) {
   return tensor.is_bfloat16() ? cpu::Storage::kBFloat16 : cpu::Storage::kFloat32;
-}
-
-template <typename T>
-const T* vector_of(const TensorView& tensor, int64_t size) {
-  tensor.expect<T>().expect_shape({size}).expect_contiguous();
-  return tensor.as<T>();
 }
 
 // Every element must be in [0, limit).
@@ -215,52 +208,11 @@ void copy_blocks(py::handle cache_, py::handle copies_) {
   cpu::copy_blocks(cache.data(), bytes, copies.as<int32_t>(), copies.size(0));
 }
 
-template <typename Choice, size_t Count>
-Choice choice_of(const std::string& got, const char* name,
-                 const std::array<std::pair<const char*, Choice>, Count>& choices) {
-  std::string allowed;
-  for (const auto& [text, choice] : choices) {
-    if (got == text) return choice;
-    allowed += (allowed.empty() ? "" : ", ") + std::string(text);
-  }
-  throw InvalidArgument(join(name, " is '", got, "', want one of ", allowed));
-}
-
-using Center = cpu::AdvantageArgs::Center;
-using Scale = cpu::AdvantageArgs::Scale;
-constexpr std::array<std::pair<const char*, Center>, 4> kCenters{{{"mean", Center::kMean},
-                                                                  {"loo", Center::kLeaveOneOut},
-                                                                  {"length", Center::kLength},
-                                                                  {"none", Center::kNone}}};
-constexpr std::array<std::pair<const char*, Scale>, 3> kScales{
-    {{"std", Scale::kGroupStd}, {"batch_std", Scale::kBatchStd}, {"none", Scale::kNone}}};
-
-void group_advantages(py::handle rewards_, py::handle group_ids_, const std::string& center,
-                      const std::string& scale, py::object lengths_, double eps, int64_t ddof,
-                      py::object valid_, py::handle out_) {
-  const TensorView rewards(rewards_, "rewards"), group_ids(group_ids_, "group_ids"),
-      out(out_, "out");
-  const int64_t rollouts = rewards.expect_shape({kAny}).size(0);
-  cpu::AdvantageArgs args{.rollouts = rollouts,
-                          .rewards = vector_of<float>(rewards, rollouts),
-                          .group_ids = vector_of<int64_t>(group_ids, rollouts),
-                          .lengths = nullptr,
-                          .valid = nullptr,
-                          .center = choice_of(center, "center", kCenters),
-                          .scale = choice_of(scale, "scale", kScales),
-                          .eps = eps,
-                          .ddof = ddof,
-                          .out = nullptr};
-  vector_of<float>(out, rollouts);
-  args.out = out.as<float>();
-  if (!lengths_.is_none()) args.lengths = vector_of<int64_t>({lengths_, "lengths"}, rollouts);
-  if (!valid_.is_none()) {
-    const TensorView valid(valid_, "valid");
-    valid.expect<bool>().expect_shape({rollouts}).expect_contiguous();
-    args.valid = valid.as<bool>();
-  }
-  require(args.center != Center::kLength || !lengths_.is_none(),
-          "center 'length' needs lengths, got None");
+void group_advantages(py::handle rewards, py::handle group_ids, const std::string& center,
+                      const std::string& scale, py::handle lengths, double eps, int64_t ddof,
+                      py::handle valid, py::handle out) {
+  const AdvantageArgs args = advantage_args({rewards, "rewards"}, group_ids, center, scale, lengths,
+                                            eps, ddof, valid, out, Device::kCpu);
   const py::gil_scoped_release unlocked;
   cpu::group_advantages(args);
 }

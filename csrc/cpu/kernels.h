@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "group_advantages/args.h"
+
 namespace eapo::cpu {
 
 // Storage type of floating-point tensors; arithmetic is fp32 for both.
@@ -48,22 +50,6 @@ struct AttentionArgs {
 };
 
 // Group-relative advantages; kernels/group_advantages/reference.py gives the formulas.
-struct AdvantageArgs {
-  enum class Center { kNone, kMean, kLeaveOneOut, kLength };
-  enum class Scale { kNone, kGroupStd, kBatchStd };
-
-  int64_t rollouts;          // S
-  const float* rewards;      // [S]
-  const int64_t* group_ids;  // [S] any values; equal means same group
-  const int64_t* lengths;    // [S] policy tokens, only for Center::kLength
-  const bool* valid;         // [S] or null: all
-  Center center;
-  Scale scale;
-  double eps;
-  int64_t ddof;
-  float* out;  // [S], 0 where not valid
-};
-
 // Double accumulation in the order of the rollouts; one thread, the same on every instruction set.
 void group_advantages(const AdvantageArgs& args);
 

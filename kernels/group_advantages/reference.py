@@ -95,7 +95,8 @@ class _Groups:
     """Reductions over the members of each group, in one fixed order (no atomics)."""
 
     def __init__(self, group_ids: Tensor) -> None:
-        _, self.index, self.count = group_ids.unique(return_inverse=True, return_counts=True)
+        found = torch.unique(group_ids, return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
+        _, self.index, self.count = found
         self.order = self.index.argsort(stable=True)
 
     def reduce(self, values: Tensor, how: str) -> Tensor:

@@ -7,7 +7,7 @@ upstream gradients a = dL/dlogprob and b = dL/dentropy the gradient of the logit
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ def linear_token_stats(
 ) -> tuple[Tensor, ...]:
     """Return logprob [N], entropy [N], then one [N] for each of `extras`; arguments are checked."""
     settings = (temperature, softcap, vocab_size, sort_banned(banned), extras, chunk_size)
-    results: tuple[Tensor, ...] = _Stats.apply(hidden, weight, bias, targets, settings)
-    return results
+    results = _Stats.apply(hidden, weight, bias, targets, settings)  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, ...], results)
 
 
 def sort_banned(banned: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
@@ -79,7 +79,7 @@ class _Stats(Function):
         return results
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         a, b = upstream[:2]
         if a is None and b is None:

@@ -312,9 +312,7 @@ class EAPOConfig:
             self.num_generations,
             self.slices_per_generation,
         )
-        sizes = _neighbours(
-            self.per_device_train_batch_size, lambda b: b * slices % group == 0
-        )
+        sizes = _neighbours(self.per_device_train_batch_size, lambda b: b * slices % group == 0)
         groups = _neighbours(group, lambda g: g > 1 and got % g == 0)
         return ConfigError(
             f"{got} completions are sampled at once (per_device_train_batch_size "

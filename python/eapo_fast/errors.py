@@ -1,6 +1,6 @@
 """The failure model, in four sentences.
 
-1. A bad configuration, data set or model is an error before step 1; it names the field and the remedy.
+1. A bad configuration, data set or model is an error before step 1; it names field and remedy.
 2. A bad rollout, reply or reward is data (a status, a notice, a metric), never an exception.
 3. Numbers that are not finite stop the update, not the run: weights stay as they were.
 4. What reaches the user is one of the classes below; anything else is a bug in eapo_fast.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from eapo_fast.config import EAPOConfig
+from eapo_fast.data import encode_prompts, load_dataset, require_column
 from eapo_fast.engine import Sampler, SamplingParams
-from eapo_fast.experts import ConsultScheduler
+from eapo_fast.experts import ConsultScheduler, Expert
 from eapo_fast.reporting.stats import wilson
 from eapo_fast.rollout import ConsultProtocol, Rollout, collect_rollouts
 from eapo_fast.training.scoring import Score, Scorer
+from eapo_fast.training.setup import load_model, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +79,51 @@ def evaluate_rows(
         for score in scorer.score(rollouts[index * params.n : (index + 1) * params.n], row)
     ]
     return Evaluation(rollouts, scores, params.n)
+
+
+def evaluate_model(
+    model: str | Path,
+    data: str | Path,
+    *,
+    n: int = 1,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    max_tokens: int = 512,
+    limit: int | None = None,
+    seed: int = 0,
+    expert: Expert | None = None,
+) -> dict[str, float]:
+    """Return the accuracy of a model on a JSONL file, alone or (with an expert) assisted.
+
+    Args:
+        model: transformers directory (or hub id) with its tokenizer.
+        data: problems with gold answers.
+        n: samples per problem.
+        limit: first rows only; None: all.
+        expert: answers every consult; None: the opening tag is banned where it can be written.
+
+    Raises:
+        DataError, ModelError: the file or the model cannot be used.
+    """
+    rows = load_dataset(data, name="data")[:limit]
+    require_column(rows, "answer", needed_by="accuracy")
+    policy = load_model(model, EAPOConfig())
+    tokenizer = load_tokenizer(None, policy)
+    sampler = Sampler(policy, tokenizer)
+    assert sampler.vocabulary is not None
+    protocol = ConsultProtocol()
+    prompts = encode_prompts(
+        rows, tokenizer, system=protocol.instructions() if expert is not None else None
+    )
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, n=n, seed=seed
+    )
+    scorer = Scorer(["accuracy"], None, sampler.vocabulary)
+    if expert is None:
+        done = evaluate_rows(sampler, prompts, rows, params, scorer, protocol=protocol)
+        return done.metrics("solo")
+    with ConsultScheduler(expert, seed=seed) as scheduler:
+        done = evaluate_rows(
+            sampler, prompts, rows, params, scorer, protocol=protocol, scheduler=scheduler
+        )
+    return done.metrics("assisted")

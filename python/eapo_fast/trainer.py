@@ -25,7 +25,6 @@ from transformers.trainer_utils import TrainOutput
 from eapo_fast.config import EAPOConfig
 from eapo_fast.data import (
     PromptSampler,
-    check_golds,
     encode_prompts,
     load_dataset,
     require_column,
@@ -461,14 +460,18 @@ def eval_params(args: EAPOConfig) -> SamplingParams:
 
 def _refuse(reward_processing_classes: Any, optimizers: tuple[Any, Any]) -> None:
     if reward_processing_classes is not None:
-        raise ConfigError("reward_processing_classes: models as rewards are not supported; pass None")
+        raise ConfigError(
+            "reward_processing_classes: models as rewards are not supported; pass None"
+        )
     if any(o is not None for o in optimizers):
         raise ConfigError(
             "optimizers: only (None, None) is accepted; learning_rate, optim and lr_scheduler_type "
             "of EAPOConfig choose the optimizer"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("WORLD_SIZE is above 1, but one process trains the whole model; start one")
+        raise ConfigError(
+            "WORLD_SIZE is above 1, but one process trains the whole model; start one"
+        )
 
 
 def _listed(functions: Any) -> list[Any]:

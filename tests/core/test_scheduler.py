@@ -164,6 +164,88 @@ def test_parked_kv_goes_tail_first_and_only_the_missing_part_is_prefilled_again(
     assert plan.positions.tolist() == [12, 13, 14, 15, 16]
 
 
+def test_the_last_parked_row_gives_its_blocks_first():
+    scheduler = _scheduler(num_blocks=6, block_size=4, max_context=24)
+    (first,), (last,) = _parked(scheduler, W[:7]), _parked(scheduler, W[:7])
+    scheduler.add_group(W[:11], 1, scheduler.add_rules(), 1)
+    _step(scheduler, W[0])
+    scheduler.inject(last, [W[1]])
+    scheduler.inject(first, [W[1]])
+    plan, _ = _step(scheduler, W[0])
+    assert plan.positions.tolist() == [7, 8, 4, 5, 6, 7, 8]
+
+
+def test_blocks_with_other_owners_go_last():
+    scheduler = _scheduler(num_blocks=6, block_size=4, max_context=24)
+    (alone,), (_, member) = _parked(scheduler, W[:7]), _parked(scheduler, W[:8], n=2)
+    scheduler.add_group(W[:11], 1, scheduler.add_rules(), 1)
+    _step(scheduler, W[0])
+    scheduler.inject(alone, [W[1]])
+    scheduler.inject(member, [W[1]])
+    plan, _ = _step(scheduler, W[0])
+    assert plan.positions.tolist() == [4, 5, 6, 7, 8, 8, 9]
+
+
+def test_the_newest_row_is_preempted_first():
+    scheduler = _scheduler(num_blocks=6, block_size=4, max_context=24)
+    rules = scheduler.add_rules()
+    seqs = [scheduler.add_group(W[:4], 1, rules, 12)[0] for _ in range(3)]
+    seen = []
+    while (plan := scheduler.plan()) is not None:
+        seen.append(plan.seqs.tolist())
+        _commit(scheduler, plan, [W[0]])
+    turns = [rows for i, rows in enumerate(seen) if i == 0 or rows != seen[i - 1]]
+    assert turns[:2] == [seqs, seqs[:2]]
+    assert [rows[0] for rows in seen] == sorted(rows[0] for rows in seen)
+    assert all(scheduler.tokens(seq)["finish_reason"] == "length" for seq in seqs)
+
+
+def test_injected_rows_go_before_others_that_wait_for_a_slot():
+    scheduler = _scheduler(max_batch=2)
+    (running,) = scheduler.add_group(W[:3], 1, scheduler.add_rules(), 9)
+    resumed, _, injected = _parked_beside(scheduler)
+    scheduler.inject(resumed, [])
+    scheduler.inject(injected, [W[0]])
+    assert _step(scheduler, W[0])[0].seqs.tolist() == [running, injected]
+
+
+def _parked_beside(scheduler):
+    rules = scheduler.add_rules(park_patterns=[b"<q>"])
+    seqs = scheduler.add_group([1, 2], 3, rules, 9)
+    _step(scheduler, W[0], *[TOKEN_BYTES.index(b"<q>")] * 3)
+    assert scheduler.stats()["parked"] == 3
+    return seqs
+
+
+def _run(scheduler, token: int):
+    plans = []
+    while (plan := scheduler.plan()) is not None:
+        plans.append(plan)
+        _commit(scheduler, plan, [token])
+        scheduler.check()
+    return plans
+
+
+def test_a_row_that_lost_its_slot_inside_the_prompt_goes_on_there():
+    scheduler = _scheduler(num_blocks=8, block_size=2, max_batch=2, max_step_tokens=3)
+    rules = scheduler.add_rules(park_patterns=[b"<q>"])
+    (old,) = scheduler.add_group(W[:1], 1, rules, 2)
+    first, second = scheduler.add_group(W[:8], 2, rules, 2)
+    _run(scheduler, TOKEN_BYTES.index(b"<q>"))
+    scheduler.add_group(W[:15], 1, rules, 1)  # takes all blocks of the three parked rows
+    _run(scheduler, W[0])
+    scheduler.inject(second, [W[1]])
+    assert _step(scheduler)[0].positions.tolist() == [0, 1, 2]
+    scheduler.inject(first, [W[1]])
+    _step(scheduler)
+    _step(scheduler)
+    scheduler.inject(old, [W[1]])
+    assert _step(scheduler, W[0])[0].seqs.tolist() == [old]
+    plan = _run(scheduler, W[0])[0]
+    assert plan.seqs.tolist() == [first, second]
+    assert plan.positions.tolist() == [8, 9, 3]
+
+
 def test_a_preempted_row_takes_its_prompt_from_a_sibling():
     harness = Harness(Shape(num_blocks=7, block_size=2, max_context=12))
     harness.add(W[:6], 2, PLAIN, max_tokens=6, prompt_id=0)
@@ -253,6 +335,15 @@ def test_new_rules_see_the_tokens_since_the_last_injection():
     scheduler.set_rules(seq, scheduler.add_rules(stop_patterns=[b"<q>"]))
     _, (event,) = _step(scheduler, TOKEN_BYTES.index(b"q>"))
     assert (event.kind, event.pattern) == ("finished", 0)
+
+
+def test_new_rules_do_not_see_injected_tokens():
+    scheduler = _scheduler()
+    (seq,) = _parked(scheduler)
+    scheduler.inject(seq, [TOKEN_BYTES.index(b"<")])
+    scheduler.set_rules(seq, scheduler.add_rules(stop_patterns=[b"<q>"]))
+    _, events = _step(scheduler, TOKEN_BYTES.index(b"q>"))
+    assert events == []
 
 
 def test_equal_rules_have_equal_ids():

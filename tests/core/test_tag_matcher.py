@@ -15,6 +15,7 @@ PATTERN_SETS = {
     "one-tag": [b"</q>"],
     "prefix-of-another": [b"<q", b"<q>", b"<q>/"],
     "suffix-of-another": [b"q>", b"<q>", b"/<q>"],
+    "inside-another": [b"<q>/", b"q>", b"a<q>a"],
     "overlapping": [b"aqa", b"qaq", b"aa"],
     "one-byte": [b">", b"<q>"],
     "repeating": [b"aaaa", b"aab"],

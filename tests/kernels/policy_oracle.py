@@ -111,7 +111,7 @@ def _surrogate(recipe: Recipe, logprob: Tensor, old: Tensor, advantage: Tensor) 
     if recipe.surrogate == "geo_mean":
         sign = advantage.sign()
         bounded = sign * torch.minimum(sign * drift, sign * drift.clamp(-recipe.epsilon, high))
-        return -advantage * bounded.mean().exp().expand(len(drift))
+        return -advantage * bounded.mean().clamp(-20, 20).exp().expand(len(drift))
     if recipe.surrogate == "reinforce":
         return -advantage * logprob
     if recipe.ratio == "token":
@@ -139,4 +139,5 @@ def _kl(kind: str, excess: Tensor) -> Tensor:
         return excess.abs()
     if kind == "k2":
         return 0.5 * excess**2
+    excess = excess.clamp(-20, 20)
     return torch.exp(-excess) + excess - 1

@@ -285,18 +285,25 @@ def test_metrics_say_what_happened():
     )
 
 
-def test_far_off_policy_stays_finite():
-    logprob = torch.tensor([-1.0, -500.0, -3.0], requires_grad=True)
-    old = torch.tensor([-400.0, -1.0, -3.0])
-    for name in recipes.names():
-        recipe = recipes.get(name).replace(beta=0.1, max_length=3)
-        for sign in (-1.0, 1.0):
-            found = ops.policy_loss(
-                logprob, old, torch.tensor([sign]), torch.tensor([0, 3]), ref_logprob=old,
-                recipe=recipe,
-            )  # fmt: skip
-            assert torch.isfinite(found.loss)
-            assert torch.isfinite(found.a).all()
+@pytest.mark.parametrize("sign", [-1.0, 1.0], ids=["A < 0", "A > 0"])
+@pytest.mark.parametrize("recipe", _GRID, ids=lambda r: r.name)
+def test_far_off_policy_saturates(recipe, sign):
+    logprob = torch.tensor([-1.0, -500.0, -3.0, -1.0, -40.0], dtype=_DOUBLE, requires_grad=True)
+    case = {
+        "logprob": logprob,
+        "old_logprob": torch.tensor([-400.0, -1.0, -3.0, -40.0, -1.0], dtype=_DOUBLE),
+        "advantages": torch.tensor([sign, sign], dtype=_DOUBLE),
+        "cu_seqlens": torch.tensor([0, 1, 5]),
+        "mask": torch.ones(5).bool(),
+        "entropy": torch.ones(5, dtype=_DOUBLE),
+        "ref_logprob": torch.tensor([-30.0, -1.0, -3.0, -40.0, -30.0], dtype=_DOUBLE),
+    }
+    wanted, _ = _oracle(recipe, case)
+    found = ops.policy_loss(**case, recipe=recipe)
+    torch.testing.assert_close(found.loss.detach(), wanted.detach())
+    torch.testing.assert_close(found.a, torch.autograd.grad(wanted, logprob)[0])
+    low = {k: v.float() if v.is_floating_point() else v for k, v in case.items()}
+    assert torch.isfinite(ops.policy_loss(**low, recipe=recipe).a).all()
 
 
 def test_low_precision_is_computed_in_float32():

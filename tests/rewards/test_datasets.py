@@ -32,7 +32,9 @@ def test_every_gsm8k_solution_is_correct(name: str) -> None:
 
 def test_every_math500_solution_is_correct() -> None:
     wrong = [
-        row["id"] for row in rows("math500.jsonl") if not verify(row["solution"], row["answer"]).correct
+        row["id"]
+        for row in rows("math500.jsonl")
+        if not verify(row["solution"], row["answer"]).correct
     ]
     assert wrong == []
 

@@ -52,7 +52,7 @@ def test_undecided_is_configurable_and_logged() -> None:
 
 
 def test_missing_reference_column_lists_what_is_there() -> None:
-    with pytest.raises(DataError, match="'answer' or 'solution'.*got label"):
+    with pytest.raises(DataError, match=r"'answer' or 'solution'.*got label"):
         call(rewards.accuracy, [RIGHT], label=["4"])
 
 

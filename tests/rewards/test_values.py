@@ -19,15 +19,15 @@ def value(text: str) -> Fraction:
     return exact(node, {}, Meter()).re
 
 
-@given(small, small, st.integers(1, 30), st.integers(0, 5))
-@settings(max_examples=150, deadline=None)
+@given(small, small, st.integers(1, 30), st.integers(1, 5))
+@settings(max_examples=80, deadline=None)
 def test_arithmetic_agrees_with_fractions(a: int, b: int, c: int, n: int) -> None:
     assert value(f"{a}+{b}\\cdot{c}-({a})^{{{n}}}/{c}") == a + b * c - Fraction(a**n, c)
     assert value(f"-\\frac{{{a}}}{{{c}}}+({b})") == -Fraction(a, c) + b
 
 
 @given(st.fractions(min_value=-1000, max_value=1000, max_denominator=500))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_fraction_is_itself_however_it_is_written(x: Fraction) -> None:
     top, bottom = x.numerator, x.denominator
     assert verify(f"\\frac{{{top}}}{{{bottom}}}", f"{2 * top}/{2 * bottom}").correct

@@ -248,9 +248,7 @@ def test_tag_that_cannot_be_written_is_refused(make_model: Callable[..., Any]) -
     words = {"<unk>": 0, "one": 1, "two": 2, "<end>": 3}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<end>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="<unk>")
     sampler = Sampler(make_model(), tokenizer)
     with pytest.raises(ModelError, match="<consult>"):
         sampler.vocabulary.check_tag("<consult>")  # type: ignore[union-attr]

@@ -11,9 +11,7 @@ from eapo_fast.rollout.protocol import Piece
 
 
 def result(status: str, text: str = "") -> ConsultResult:
-    return ConsultResult(
-        status=status, text=text, usage=None, cost=0.0, latency=0.0, model=None
-    )  # type: ignore[arg-type]
+    return ConsultResult(status=status, text=text, usage=None, cost=0.0, latency=0.0, model=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +46,9 @@ def test_accepted_replies_are_numbered_and_kept_apart_from_tags() -> None:
     assert [p for p in pieces if p.origin == "reply"] == [Piece("reply", "24")]
 
 
-@pytest.mark.parametrize("results", [None, [result("declined")], [result("down"), result("timeout")]])
+@pytest.mark.parametrize(
+    "results", [None, [result("declined")], [result("down"), result("timeout")]]
+)
 def test_without_a_reply_there_is_one_notice(results: list[ConsultResult] | None) -> None:
     advised, pieces = ConsultProtocol().answer(results)
     assert not advised

@@ -1,4 +1,4 @@
-"""A user's own model: a local directory, a JSONL of problems, a chat-completions expert on loopback."""
+"""A user's own model: a directory, a JSONL of problems, a chat-completions expert on loopback."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CHAT_SERVER = Path(__file__).parents[1] / "experts" / "chat_server.py"
 
 @pytest.fixture(scope="session")
 def chat_server_module() -> Any:
+    import sys
     from importlib.util import module_from_spec, spec_from_file_location
 
-    import sys
-
     spec = spec_from_file_location("chat_server", CHAT_SERVER)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = module_from_spec(spec)
     sys.modules["chat_server"] = module
     spec.loader.exec_module(module)
@@ -136,7 +136,9 @@ def test_expert_that_refuses_connection_is_a_warning(
         max_completion_length=60, save_strategy="no", logging_steps=1, expert_timeout=2.0,
         consult_prompt="",
     )  # fmt: skip
-    trainer = Trainer(model, "accuracy", args, str(problems(tmp_path)), None, bpe_tokenizer, expert=expert)
+    trainer = Trainer(
+        model, "accuracy", args, str(problems(tmp_path)), None, bpe_tokenizer, expert=expert
+    )
     trainer.train()
     assert "127.0.0.1:9" in capsys.readouterr().out
     row = trainer.state.log_history[0]
@@ -173,9 +175,34 @@ def test_dry_run_prints_the_plan_and_trains_nothing(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_unknown_key_in_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_key_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run_file(tmp_path, tmp_path, problems(tmp_path), "http://127.0.0.1:9/v1", max_step=3)
     assert main(["train", str(path)]) == 2
     assert "Did you mean 'max_steps'" in capsys.readouterr().err
+
+
+def test_eval_command(
+    make_model: Callable[..., Any],
+    bpe_tokenizer: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    bpe_tokenizer.save_pretrained(folder)
+    data = problems(tmp_path)
+    common = [
+        "eval",
+        "--model",
+        str(folder),
+        "--data",
+        str(data),
+        "--max-tokens",
+        "8",
+        "--limit",
+        "3",
+    ]
+    assert main(common) == 0
+    assert "eval_solo_accuracy" in capsys.readouterr().out
+    assert main([*common, "--assisted", "--expert", "calculator", "--n", "2"]) == 0
+    assert "eval_assisted_accuracy" in capsys.readouterr().out

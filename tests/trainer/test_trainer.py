@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ def test_training_raises_a_dense_reward(train: Callable[..., Trainer], tmp_path:
     rewards = [row["reward"] for row in trainer.state.log_history]
     assert output.global_step == 25
     assert sum(rewards[-5:]) > sum(rewards[:5])
-    assert max(row["sampling/sampling_logp_difference/max"] for row in trainer.state.log_history) < 1e-3
+    assert (
+        max(row["sampling/sampling_logp_difference/max"] for row in trainer.state.log_history)
+        < 1e-3
+    )
 
 
 def test_a_run_leaves_its_files(train: Callable[..., Trainer], tmp_path: Path) -> None:
@@ -149,9 +153,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert 0 < first.state.global_step < 6
     second = train("halved", settings=changes, expert=Calculator())
     second.train(resume_from_checkpoint=True)
-    for (name, a), b in zip(
-        whole.model.named_parameters(), second.model.parameters(), strict=True
-    ):
+    for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert logged(tmp_path / "whole") == logged(tmp_path / "halved")
 
@@ -169,7 +171,7 @@ def test_turn_limit_contracts_to_one(tmp_path: Path) -> None:
     limits = [turns_at(s, args, 100) for s in range(1, 101)]
     assert limits[0] == 10
     assert limits[50:] == [1] * 50
-    assert all(a >= b for a, b in zip(limits, limits[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(limits))
     assert turns_at(100, args.replace(turn_contraction=0.0), 100) == 10
 
 
@@ -212,9 +214,9 @@ def test_user_errors_in_rewards_name_the_function(train: Callable[..., Trainer])
     def short(completions: list[Any], **_: Any) -> list[float]:
         return [1.0]
 
-    with pytest.raises(RewardError, match="'broken' on prompt .*KeyError"):
+    with pytest.raises(RewardError, match=r"'broken' on prompt .*KeyError"):
         train(reward_funcs=broken).train()
-    with pytest.raises(RewardError, match="'short' .* returned 1 values"):
+    with pytest.raises(RewardError, match=r"'short' .* returned 1 values"):
         train(reward_funcs=short).train()
 
 
@@ -246,7 +248,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no-such-file": ({"train_dataset": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
     "unknown-reward": ({"reward_funcs": "acuracy"}, ConfigError, "accuracy"),
     "unknown-recipe": ({"settings": {"recipe": "gpro"}}, ConfigError, "grpo"),
-    "weights-of-rewards": ({"settings": {"reward_weights": [1.0, 2.0]}}, ConfigError, "reward_weights"),
+    "weights-of-rewards": ({"settings": {"reward_weights": [1.0, 2.0]}}, ConfigError, "weights"),
     "too-few-prompts": ({"train_dataset": ROWS[:1]}, ConfigError, "prompt"),
     "no-model": ({"model": "nowhere/at/all"}, ModelError, "nowhere/at/all"),
 }  # fmt: skip
@@ -271,7 +273,9 @@ def test_folder_that_is_no_model(train: Callable[..., Trainer], tmp_path: Path) 
         train(model=str(tmp_path / "empty"))
 
 
-def test_output_folder_that_cannot_be_written(train: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_output_folder_that_cannot_be_written(
+    train: Callable[..., Trainer], tmp_path: Path
+) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(ConfigError, match="output_dir"):
         train(settings={"output_dir": str(tmp_path / "taken" / "run")})

@@ -107,7 +107,7 @@ def _plain(text: str, tokenizer: Any) -> list[int]:
     ids = [int(token) for token in tokenizer(text)["input_ids"]]
     eos = getattr(tokenizer, "eos_token_id", None)
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-    appended = ids and ids[-1] == eos and (not bare or bare[-1] != eos)
+    appended = ids[-1:] == [eos] and ids[: len(ids) - 1][-len(bare) :] == list(bare)
     return ids[:-1] if appended else ids
 
 

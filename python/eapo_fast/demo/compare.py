@@ -155,9 +155,7 @@ def _table(
 
 
 def _spread(values: Sequence[float]) -> str:
-    return (
-        f"{100 * statistics.fmean(values):.1f} ({100 * min(values):.1f}-{100 * max(values):.1f})"
-    )
+    return f"{100 * statistics.fmean(values):.1f} ({100 * min(values):.1f}-{100 * max(values):.1f})"
 
 
 def _thinned(marks: Sequence[int], count: int) -> list[int]:

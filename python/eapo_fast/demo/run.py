@@ -36,7 +36,9 @@ def demo_config(
     return config
 
 
-def build_demo_trainer(config: EAPOConfig, *, expert: bool = True, eval_size: int | None = None) -> Any:
+def build_demo_trainer(
+    config: EAPOConfig, *, expert: bool = True, eval_size: int | None = None
+) -> Any:
     """Return the demo's `Trainer`; without the expert the consult tag is banned throughout."""
     from eapo_fast.trainer import Trainer
 

@@ -67,7 +67,7 @@ def _attend(
     softcap: float | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function of transformers: q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, T, H, D]."""
+    """Attention function of transformers: q [1, H, T, D], k, v [1, Hkv, T, D] -> [1, T, H, D]."""
     step = _current
     if step is None:
         raise ModelError(f"{NAME} attention was called outside of a sampling step")

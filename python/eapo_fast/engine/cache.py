@@ -19,7 +19,7 @@ class PagedCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return key and value blocks of a layer, shaped after `like` [1, kv_heads, T, head_dim]."""
+        """Return key and value blocks of a layer, shaped after `like` [1, heads, T, width]."""
         if index not in self._layers:
             shape = (self.num_blocks, self.block_size, like.shape[1], like.shape[3])
             self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))

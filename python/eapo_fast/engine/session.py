@@ -105,7 +105,13 @@ class Session:
         return self._rules[rules]
 
     def add_group(
-        self, prompt: Sequence[int], params: SamplingParams, rules: Rules, *, prompt_id: int, step: int
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        rules: Rules,
+        *,
+        prompt_id: int,
+        step: int,
     ) -> list[int]:
         """Queue `params.n` rows that share one prompt; returns their sequence ids in order."""
         ids = self.scheduler.add_group(

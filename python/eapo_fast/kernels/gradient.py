@@ -18,7 +18,8 @@ def attach_gradient(loss: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Ten
     """
     inputs = [x for x, _ in pairs]
     gradients = [g for _, g in pairs]
-    return cast(Tensor, _KnownGradient.apply(loss, *inputs, *gradients))
+    attached = _KnownGradient.apply(loss, *inputs, *gradients)  # type: ignore[no-untyped-call]
+    return cast(Tensor, attached)
 
 
 class _KnownGradient(Function):
@@ -30,7 +31,7 @@ class _KnownGradient(Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
         scaled = [

@@ -36,7 +36,6 @@ _RELATIONS = frozenset(("=", "<", "<=", ">", ">=", "!=", "in", "approx"))
 _SEPARATORS = frozenset((",", ";", "or", "and"))
 
 
-@lru_cache(maxsize=8192)
 def parse(text: str, *, thousands: bool = True) -> Node:
     """Read an answer (LaTeX or plain) as a tree.
 
@@ -47,7 +46,16 @@ def parse(text: str, *, thousands: bool = True) -> Node:
     Raises:
         Unreadable: The text is no answer of the grammar or exceeds a limit of `limits`.
     """
+    return (_parse_short if len(text) <= _CACHED_LENGTH else _parse)(text, thousands)
+
+
+def _parse(text: str, thousands: bool) -> Node:
     return Parser(tokenize(clean(text), thousands=thousands)).answer()
+
+
+_CACHED_LENGTH = 128
+"""Answers up to this length are remembered, as a group gives the same few again and again."""
+_parse_short = lru_cache(maxsize=4096)(_parse)
 
 
 class Parser(Arithmetic):

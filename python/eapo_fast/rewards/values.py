@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from eapo_fast.rewards.limits import MAX_BITS, MAX_DECIMALS, MAX_FACTORIAL, Meter
@@ -136,16 +136,25 @@ def decimals(node: Node) -> int:
     return math.ceil(0.302 * _bits(node))
 
 
-@lru_cache(maxsize=16)
 def numeric_context(digits: int) -> Any:
-    """Return an `mpmath` context of that many digits; raises `Unreadable` above the limit."""
+    """Return this thread's `mpmath` context of that many digits.
+
+    Raises:
+        Unreadable: `digits` is above the limit.
+    """
     if digits > MAX_DECIMALS:
         raise Unreadable(f"more than {MAX_DECIMALS} digits would be needed")
-    import mpmath  # type: ignore[import-untyped]
+    context = getattr(_CONTEXTS, "context", None)
+    if context is None:
+        import mpmath  # type: ignore[import-untyped]
 
-    context = mpmath.MPContext()
+        context = _CONTEXTS.context = mpmath.MPContext()
     context.dps = digits
     return context
+
+
+_CONTEXTS = threading.local()
+"""mpmath changes the precision of a context while it works, so threads must not share one."""
 
 
 # Exact arithmetic

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -127,9 +128,7 @@ class _Collection:
         self.problems = list(problems) if problems is not None else self._decoded_prompts()
         rules = self.may_consult if self._turns_left(0) else self.alone
         for index, (prompt, name) in enumerate(zip(self.prompts, prompt_ids, strict=True)):
-            ids = self.session.add_group(
-                prompt, self.params, rules, prompt_id=name, step=self.step
-            )
+            ids = self.session.add_group(prompt, self.params, rules, prompt_id=name, step=self.step)
             for sample, seq in enumerate(ids):
                 self.trajectories[seq] = _Trajectory(index, sample, name)
 
@@ -167,7 +166,8 @@ class _Collection:
 
     def _consult(self, seq: int) -> None:
         """Hand a parked row's queries to the scheduler, or answer a malformed block at once."""
-        assert self.protocol is not None and self.vocabulary is not None
+        assert self.protocol is not None
+        assert self.vocabulary is not None
         trajectory = self.trajectories[seq]
         tokens = self.session.row(seq).token_ids[trajectory.turn_start :]
         queries = self.protocol.parse(self.vocabulary.text(int(t) for t in tokens))
@@ -221,7 +221,8 @@ class _Collection:
             self.session.set_rules(seq, self.alone)
 
     def _encode(self, piece: Piece) -> list[int]:
-        assert self.protocol is not None and self.vocabulary is not None
+        assert self.protocol is not None
+        assert self.vocabulary is not None
         if piece.origin == "tag":
             return self.vocabulary.encode(piece.text)
         return encode_reply(self.vocabulary, piece.text, self.protocol.tags)
@@ -265,7 +266,7 @@ def segments_of(mask: NDArray[np.uint8], kinds: Sequence[SegmentKind]) -> list[S
     borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
     segments: list[Segment] = []
     turn = 0
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in pairwise(borders):
         if start == stop:
             continue
         kind: SegmentKind = "policy" if mask[start] else kinds[turn]

@@ -93,7 +93,11 @@ class ConsultProtocol:
         start, end = self.advice_tags
         if results is None or not any(r.accepted for r in results):
             status = "malformed_block" if results is None else results[0].status
-            return False, [Piece("tag", start), Piece("tag", self.notice(status)), Piece("tag", end)]
+            return False, [
+                Piece("tag", start),
+                Piece("tag", self.notice(status)),
+                Piece("tag", end),
+            ]
         pieces = [Piece("tag", start)]
         for index, result in enumerate(results):
             pieces.append(Piece("tag", self.answer_tags[0].format(index=index + 1)))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from eapo_fast.errors import ModelError
@@ -71,7 +71,7 @@ def _attend(
     softcap: float | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function of transformers: q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, T, H, D]."""
+    """Attention function of transformers: q [1, H, T, D], k, v [1, Hkv, T, D] -> [1, T, H, D]."""
     row = _current
     if row is None:
         raise ModelError(f"{NAME} attention was called outside of a training step")

@@ -107,7 +107,7 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {p: n for n, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     return {
         f"{names[p]}:{key}": torch.as_tensor(value).detach().clone().contiguous()
         for p, values in optimizer.state.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -43,7 +45,9 @@ class Policy:
         """Return hidden states [T, H] of a packed row; call inside `attention(row)`."""
         trunk = _trunk(self.model)
         out = trunk(
-            input_ids=input_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            use_cache=False,
         )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
@@ -81,7 +85,7 @@ class Policy:
 
 
 def _trunk(model: PreTrainedModel) -> torch.nn.Module:
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     trunk: torch.nn.Module = base.get_decoder()
     return trunk
 

@@ -70,7 +70,9 @@ class Updater:
         metrics |= self._backward(rollouts, advantages)
         return metrics | self._apply(metrics["loss"], step)
 
-    def _backward(self, rollouts: Sequence[Rollout], advantages: Sequence[float]) -> dict[str, float]:
+    def _backward(
+        self, rollouts: Sequence[Rollout], advantages: Sequence[float]
+    ) -> dict[str, float]:
         num_tokens = sum(r.num_policy_tokens for r in rollouts)
         parts: defaultdict[str, list[Tensor]] = defaultdict(list)
         for batch in micro_batches(

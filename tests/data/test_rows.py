@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eapo_fast.data import check_golds, load_dataset, require_column
+from eapo_fast.errors import DataError
+
+ROW = {"problem": "1+1?", "answer": "2"}
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_jsonl_rows_get_a_prompt_and_keep_their_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps(ROW | {"level": 3}), "", json.dumps(ROW))
+    expected = {"problem": "1+1?", "answer": "2", "level": 3, "prompt": "1+1?"}
+    assert load_dataset(path)[0] == expected
+    assert len(load_dataset(str(path))) == 2
+
+
+def test_a_dataset_object_is_any_iterable_of_mappings() -> None:
+    class Dataset:
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            yield {"question": "1+1?", "answer": 2}
+
+    assert load_dataset(Dataset()) == [{"question": "1+1?", "answer": "2", "prompt": "1+1?"}]
+
+
+def test_messages_stay_messages_and_rows_are_copied() -> None:
+    source = [{"prompt": [{"role": "user", "content": "hi"}], "answer": "x"}]
+    rows = load_dataset(source)
+    rows[0]["prompt"][0]["content"] = "changed"
+    assert source[0]["prompt"][0]["content"] == "hi"  # type: ignore[index]
+
+
+REFERENCES = {
+    "gsm8k": ({"answer": "1 + 1 = 2\n#### 2"}, "2", "1 + 1 = 2\n#### 2"),
+    "box": ({"answer": r"so $\boxed{\frac12}$"}, r"\frac12", r"so $\boxed{\frac12}$"),
+    "solution": ({"solution": "text #### 7"}, "7", "text #### 7"),
+    "plain": ({"answer": "7"}, "7", None),
+    "unmarked solution": ({"solution": "long proof"}, None, "long proof"),
+    "solution beside answer": ({"answer": "#### 3", "solution": "s"}, "3", "s"),
+}
+
+
+@pytest.mark.parametrize(
+    ("columns", "answer", "solution"), REFERENCES.values(), ids=REFERENCES.keys()
+)
+def test_reference_answers(columns: dict[str, str], answer: str, solution: str) -> None:
+    row = load_dataset([{"prompt": "p", **columns}])[0]
+    assert (row.get("answer"), row.get("solution")) == (answer, solution)
+
+
+def test_missing_file_names_the_path(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"eval_dataset: .*nothing\.jsonl does not exist"):
+        load_dataset(tmp_path / "nothing.jsonl", name="eval_dataset")
+    with pytest.raises(DataError, match="is a folder"):
+        load_dataset(tmp_path)
+
+
+def test_unreadable_line_names_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps(ROW), "{broken")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not a JSON object"):
+        load_dataset(path)
+    with pytest.raises(DataError, match=r"b\.jsonl:1: got list"):
+        load_dataset(write(tmp_path / "b.jsonl", "[1, 2]"))
+    (tmp_path / "c.jsonl").write_bytes(b'{"problem": "\xff"}\n')
+    with pytest.raises(DataError, match=r"c\.jsonl: not UTF-8"):
+        load_dataset(tmp_path / "c.jsonl")
+
+
+def test_empty_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no rows in .*a\.jsonl"):
+        load_dataset(write(tmp_path / "a.jsonl", ""))
+    with pytest.raises(DataError, match="no rows in the list"):
+        load_dataset([])
+
+
+def test_missing_prompt_lists_columns_and_proposes() -> None:
+    with pytest.raises(DataError, match=r"columns are problems, label.*Did you mean 'problem'"):
+        load_dataset([{"problems": "x", "label": 1}])
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", 5, [], ["text"], [{"role": "user"}]])
+def test_bad_prompts(prompt: Any) -> None:
+    with pytest.raises(DataError, match=r"train_dataset\[0\]\.prompt"):
+        load_dataset([{"prompt": prompt}])
+
+
+@pytest.mark.parametrize("source", [{"train": [ROW]}, 5, None])
+def test_bad_sources(source: Any) -> None:
+    with pytest.raises(DataError, match="allowed is a JSONL path"):
+        load_dataset(source)
+
+
+def test_require_column() -> None:
+    rows = load_dataset([ROW, ROW])
+    require_column(rows, "answer", needed_by="exact")
+    with pytest.raises(DataError, match=r"exact needs a column 'answers'.*'answer'"):
+        require_column(rows, "answers", needed_by="exact")
+    rows[1]["answer"] = None
+    with pytest.raises(DataError, match=r"1 of 2 rows have none \(rows 1"):
+        require_column(rows, "answer", needed_by="exact")
+
+
+def test_check_golds_lists_the_unreadable() -> None:
+    rows = [{"answer": "5"}, {"answer": r"\foo"}, {}]
+    first, second = check_golds(rows)
+    assert first.startswith("row 1: answer '\\\\foo' cannot be read: unknown command")
+    assert "row 2" in second
+    assert "no answer" in second
