@@ -95,7 +95,7 @@ class _Groups:
     """Reductions over the members of each group, in one fixed order (no atomics)."""
 
     def __init__(self, group_ids: Tensor) -> None:
-        found = torch.unique(group_ids, return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
+        found = torch.unique(group_ids, return_inverse=True, return_counts=True)
         _, self.index, self.count = found
         self.order = self.index.argsort(stable=True)
 

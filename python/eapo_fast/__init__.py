@@ -6,7 +6,6 @@ Names load on first use, so `import eapo_fast` costs milliseconds and needs no t
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,10 +24,7 @@ if TYPE_CHECKING:
     from eapo_fast.rollout import ConsultProtocol, Rollout, Segment, collect_rollouts
     from eapo_fast.trainer import Trainer
 
-try:
-    __version__ = version("eapo_fast")
-except PackageNotFoundError:
-    __version__ = "0.0.0"
+    __version__: str
 
 _HOMES: dict[str, str] = {
     "Trainer": "trainer",
@@ -69,8 +65,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value: Any = import_module(f"{__name__}.{name}")
+    if name == "__version__":
+        value: Any = import_module("importlib.metadata").version(__name__)
+    elif name in _MODULES:
+        value = import_module(f"{__name__}.{name}")
     elif name in _HOMES:
         value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     else:

@@ -13,20 +13,39 @@ def set_isa(name: str) -> None: ...
 def num_threads() -> int: ...
 def set_num_threads(count: int) -> None: ...
 
-class OutOfBlocks(RuntimeError): ...
+class OutOfBlocks(RuntimeError):
+    """No KV block is free."""
 
 def philox4x32(
     counter: tuple[int, int, int, int], key: tuple[int, int]
-) -> tuple[int, int, int, int]: ...
-def keyed_uniform(seed: int, purpose: str, indices: Sequence[int]) -> float: ...
+) -> tuple[int, int, int, int]:
+    """One block of Philox4x32-10 (Salmon et al., SC 2011)."""
+
+def keyed_uniform(seed: int, purpose: str, indices: Sequence[int]) -> float:
+    """A float in [0, 1) with 53 random bits, a pure function of the arguments.
+
+    Seed and indices are integers of 64 bits, signed or unsigned (ValueError beyond).
+    """
+
 @final
 class BlockAllocator:
+    """Reference-counted pool of KV blocks; a block that is freed last is handed out first."""
+
     def __init__(self, num_blocks: int, block_size: int) -> None: ...
-    def allocate(self) -> int: ...
-    def share(self, block: int) -> None: ...
-    def release(self, block: int) -> None: ...
-    def ref_count(self, block: int) -> int: ...
-    def check(self) -> None: ...
+    def allocate(self) -> int:
+        """A block with one owner; OutOfBlocks if none is free."""
+
+    def share(self, block: int) -> None:
+        """One owner more; ValueError for a free block."""
+
+    def release(self, block: int) -> None:
+        """One owner less, the last one frees the block; ValueError for a free block."""
+
+    def ref_count(self, block: int) -> int:
+        """Owners of the block, 0 when it is free."""
+
+    def check(self) -> None:
+        """RuntimeError if the free list disagrees with the reference counts."""
     @property
     def num_free(self) -> int: ...
     @property
@@ -36,20 +55,43 @@ class BlockAllocator:
 
 @final
 class TagMatcher:
+    """Finds byte patterns in a stream of tokens with one integer of state (Aho and Corasick)."""
+
     def __init__(self, patterns: Sequence[bytes], token_bytes: Sequence[bytes]) -> None: ...
     @property
     def root(self) -> int: ...
-    def advance(self, state: int, token: int) -> tuple[int, int, int]: ...
-    def completing_tokens(self, state: int) -> list[int]: ...
+    def advance(self, state: int, token: int) -> tuple[int, int, int]:
+        """(next state, pattern or -1, bytes of the token behind the match).
+
+        Of several matches in the token the one that ends first counts, of several that end at one
+        byte the longest. Tokens beyond `token_bytes` have no bytes.
+        """
+
+    def completing_tokens(self, state: int) -> list[int]:
+        """Sorted tokens that would complete some pattern; computed once per state."""
 
 @final
 class StepPlan:
+    """Inputs of a forward pass over T tokens of S rows, logits at L of them, N >= L samples.
+
+    `input_ids`, `positions`, `slots`: [T]. `seqs`, `kv_lens`: [S], `cu_q`: [S + 1],
+    `block_tables`: [S, blocks] padded with 0. `copies`: [C, 2] (source, destination) blocks, to be
+    copied before the forward, in any order. `logits_rows`: [L] indices into T. `sample_rows`: [N]
+    indices into L (the first tokens of a group share a row, so N may exceed max_batch);
+    `sample_seqs`, `uniforms`, `temperatures`, `top_ks`, `top_ps`, `min_ps`: [N]. `ban_rows`,
+    `ban_ids`: [B], sample `ban_rows[i]` must not be `ban_ids[i]`.
+
+    The arrays look into the plan and keep it alive.
+    """
+
     @property
     def input_ids(self) -> NDArray[np.int64]: ...
     @property
     def positions(self) -> NDArray[np.int64]: ...
     @property
     def slots(self) -> NDArray[np.int64]: ...
+    @property
+    def seqs(self) -> NDArray[np.int32]: ...
     @property
     def cu_q(self) -> NDArray[np.int32]: ...
     @property
@@ -81,6 +123,12 @@ class StepPlan:
 
 @final
 class Event:
+    """A row that finished or was parked by its newest token.
+
+    `pattern` is the index in the stop patterns (finished) or park patterns (parked) of its rules,
+    -1 where none matched; `overshoot` counts the bytes of the token behind the pattern.
+    """
+
     @property
     def seq(self) -> int: ...
     @property
@@ -91,6 +139,8 @@ class Event:
     def overshoot(self) -> int: ...
 
 class SequenceTokens(TypedDict):
+    """All that follows the prompt, one entry a token; bans are (position, id) pairs."""
+
     token_ids: NDArray[np.int64]
     logprobs: NDArray[np.float32]
     kept_mass: NDArray[np.float32]
@@ -101,6 +151,13 @@ class SequenceTokens(TypedDict):
 
 @final
 class Scheduler:
+    """Paged continuous batching: plan a step, run it, commit its tokens.
+
+    Rows run in groups that share their prompt. A row that completes a park pattern leaves the batch
+    until `inject`. What a row samples depends on its request alone, never on blocks, budget, batch
+    or preemption. The oldest runnable row is part of every plan. Not thread-safe.
+    """
+
     def __init__(
         self,
         num_blocks: int,
@@ -117,7 +174,12 @@ class Scheduler:
         park_patterns: Sequence[bytes] = (),
         banned_token_ids: Sequence[int] = (),
         banned_patterns: Sequence[bytes] = (),
-    ) -> int: ...
+    ) -> int:
+        """The id of these rules; equal rules have equal ids.
+
+        Stop ids come before patterns; of patterns in one token the one that ends first counts.
+        ValueError for empty or repeated patterns and negative ids.
+        """
     def add_group(
         self,
         prompt: Sequence[int],
@@ -131,21 +193,47 @@ class Scheduler:
         seed: int = 0,
         step: int = 0,
         prompt_id: int = 0,
-    ) -> list[int]: ...
-    def plan(self) -> StepPlan | None: ...
+    ) -> list[int]:
+        """Sequence ids of n samples, drawn by (seed, step, prompt_id, sample, position).
+
+        ValueError if the prompt and one token do not fit the context and the pool, or a value is
+        out of range.
+        """
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None if no row is runnable; RuntimeError before the last commit."""
     def commit(
         self,
         tokens: NDArray[np.int64],
         logprobs: NDArray[np.float32],
         kept_mass: NDArray[np.float32],
-    ) -> list[Event]: ...
-    def inject(self, seq: int, ids: Sequence[int]) -> bool: ...
-    def finish(self, seq: int, reason: str) -> None: ...
-    def set_rules(self, seq: int, rules: int) -> None: ...
-    def tokens(self, seq: int) -> SequenceTokens: ...
-    def release(self, seq: int) -> None: ...
-    def stats(self) -> dict[str, int]: ...
-    def check(self) -> None: ...
+    ) -> list[Event]:
+        """Takes the N samples of the planned step, [N] each; a ValueError changes nothing."""
+
+    def inject(self, seq: int, ids: Sequence[int]) -> bool:
+        """Appends tokens with mask 0 to a parked row and makes it runnable.
+
+        False if no policy token could follow: the row is then finished as "length", without `ids`.
+        """
+
+    def finish(self, seq: int, reason: str) -> None:
+        """Ends an unfinished row and frees its KV; RuntimeError while it is planned."""
+
+    def set_rules(self, seq: int, rules: int) -> None:
+        """Other rules for the tokens to come; matchers see the tokens since the last injection."""
+
+    def tokens(self, seq: int) -> SequenceTokens:
+        """The row's record, copied."""
+
+    def release(self, seq: int) -> None:
+        """Forgets the row, finished or not; RuntimeError while it is planned."""
+
+    def stats(self) -> dict[str, int]:
+        """Gauges free_blocks, running (in the batch), waiting (runnable outside), parked; totals
+        preemptions, prefill_tokens, decode_tokens, shared_blocks, copied_blocks."""
+
+    def check(self) -> None:
+        """RuntimeError if an invariant is broken."""
 
 def sample(
     logits: Tensor,

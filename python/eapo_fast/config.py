@@ -134,8 +134,9 @@ class EAPOConfig:
     """G, rollouts of one prompt group."""
     num_iterations: int = 1
     """Optimizer passes over one sampled batch (mu)."""
-    micro_batch_tokens: int = 16384
-    """Token budget of one packed forward; changes memory and speed, never the gradient."""
+    micro_batch_tokens: int | None = None
+    """Token budget of one packed forward; changes memory and speed, never the gradient. None:
+    4096 on CPU (activations stay in cache), 16384 on a GPU."""
     max_steps: int = -1
     """Optimizer steps; -1: from num_train_epochs."""
     num_train_epochs: float = 3.0

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from transformers.trainer_utils import TrainOutput
 from eapo_fast.config import EAPOConfig
 from eapo_fast.data import (
     PromptSampler,
+    check_golds,
+    drop_long_prompts,
     encode_prompts,
     load_dataset,
     require_column,
@@ -46,6 +49,7 @@ from eapo_fast.training.setup import load_model, load_tokenizer, output_folder, 
 from eapo_fast.training.update import Updater
 
 Dataset = str | Path | Sequence[Mapping[str, Any]]
+_GOLDS_SHOWN = 5
 _GRADED = ("accuracy", "exact", "paper_f1")
 
 
@@ -98,7 +102,7 @@ class Trainer:
         self.train_rows = _rows(train_dataset, "train_dataset", functions)
         self.eval_rows = _rows(eval_dataset, "eval_dataset", functions)
         self.model = with_adapter(load_model(model, self.args), peft_config)
-        self.args = _with_precision(self.args, self.model.device)
+        self.args = _for_device(self.args, self.model.device)
         self.processing_class = load_tokenizer(processing_class, self.model)
         self.output_dir = output_folder(self.args, self.model)
         self.callbacks = list(callbacks or ())
@@ -241,12 +245,7 @@ class Trainer:
             chat_template_kwargs=self.args.chat_template_kwargs,
         )
         limit = self.args.max_prompt_length or self.sampler.max_context - 1
-        fitting = [i for i, p in enumerate(prompts) if len(p) <= limit]
-        if not fitting:
-            raise ConfigError(f"max_prompt_length: every prompt is longer than {limit} tokens")
-        if len(fitting) < len(rows):
-            print(f"{len(rows) - len(fitting)} prompts longer than {limit} tokens are left out")
-        return [rows[i] for i in fitting], [prompts[i] for i in fitting]
+        return drop_long_prompts(rows, prompts, limit)
 
     def _train_style_eval_prompts(self) -> list[list[int]]:
         assert self.eval_rows is not None
@@ -492,13 +491,26 @@ def _rows(dataset: Any, name: str, functions: Sequence[Any]) -> list[dict[str, A
     if graded:
         needed_by = graded[0] if isinstance(graded[0], str) else graded[0].__name__
         require_column(rows, "answer", needed_by=needed_by)
+        _warn_about_golds(check_golds(rows), name)
     return rows
 
 
-def _with_precision(args: EAPOConfig, device: torch.device) -> EAPOConfig:
-    if args.bf16 is not None:
-        return args
-    return args.replace(bf16=device.type == "cuda" and torch.cuda.is_bf16_supported())
+def _warn_about_golds(problems: Sequence[str], name: str) -> None:
+    """List references that no answer can be compared with; their rows earn nothing."""
+    if problems:
+        listed = "\n  ".join(problems[:_GOLDS_SHOWN])
+        more = f"\n  and {len(problems) - _GOLDS_SHOWN} more" * (len(problems) > _GOLDS_SHOWN)
+        warnings.warn(
+            f"{name}: {len(problems)} unreadable answers:\n  {listed}{more}", stacklevel=4
+        )
+
+
+def _for_device(args: EAPOConfig, device: torch.device) -> EAPOConfig:
+    """Fill in the settings that depend on the device."""
+    gpu = device.type == "cuda"
+    bf16 = gpu and torch.cuda.is_bf16_supported() if args.bf16 is None else args.bf16
+    tokens = args.micro_batch_tokens or (16384 if gpu else 4096)
+    return args.replace(bf16=bf16, micro_batch_tokens=tokens)
 
 
 def _seed(args: EAPOConfig) -> None:

@@ -227,12 +227,12 @@ def _run(scheduler, token: int):
 
 
 def test_a_row_that_lost_its_slot_inside_the_prompt_goes_on_there():
-    scheduler = _scheduler(num_blocks=8, block_size=2, max_batch=2, max_step_tokens=3)
+    scheduler = _scheduler(num_blocks=9, block_size=2, max_batch=2, max_step_tokens=3)
     rules = scheduler.add_rules(park_patterns=[b"<q>"])
     (old,) = scheduler.add_group(W[:1], 1, rules, 2)
     first, second = scheduler.add_group(W[:8], 2, rules, 2)
     _run(scheduler, TOKEN_BYTES.index(b"<q>"))
-    scheduler.add_group(W[:15], 1, rules, 1)  # takes all blocks of the three parked rows
+    scheduler.add_group(W[:17], 1, rules, 1)  # takes all blocks of the three parked rows
     _run(scheduler, W[0])
     scheduler.inject(second, [W[1]])
     assert _step(scheduler)[0].positions.tolist() == [0, 1, 2]

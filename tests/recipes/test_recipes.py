@@ -121,40 +121,6 @@ def test_group_filter_leaves_unknown_accuracies_out():
     assert recipes.get("grpo").keeps_group([1.0, 1.0])
 
 
-@pytest.mark.parametrize(
-    ("settings", "changes"),
-    [
-        ({}, {}),
-        ({"loss_type": "grpo"}, {"aggregation": "seq-mean-token-mean"}),
-        (
-            {"loss_type": "dr_grpo", "max_length": 77},
-            {"aggregation": "seq-mean-token-sum-norm", "max_length": 77},
-        ),
-        ({"loss_type": "cispo"}, {"surrogate": "detached_clip", "epsilon": 1.0}),
-        ({"loss_type": "cispo", "epsilon": 0.5}, {"surrogate": "detached_clip", "epsilon": 0.5}),
-        ({"scale_rewards": "batch"}, {"scale": "batch_std"}),
-        ({"importance_sampling_level": "sequence"}, {"ratio": "sequence"}),
-        ({"epsilon": 0.1, "epsilon_high": 0.3, "delta": 4.0}, "same"),
-        ({"beta": 0.04, "entropy_coef": 0.01}, "same"),
-    ],
-    ids=lambda v: " ".join(v) if isinstance(v, dict) else v,
-)
-def test_override_speaks_trl(settings, changes):
-    recipe = recipes.get("eapo")
-    expected = recipe.replace(**(settings if changes == "same" else changes))
-    assert recipes.override(recipe, **settings) == expected
-
-
-def test_override_keeps_a_constant_of_the_recipe():
-    recipe = recipes.get("dr_grpo").replace(max_length=3000)
-    assert recipes.override(recipe, max_length=512).max_length == 3000
-
-
-def test_override_names_what_it_does_not_know():
-    with pytest.raises(ConfigError, match=r"loss_type: got 'bnop'.*Did you mean 'bnpo'"):
-        recipes.override(recipes.get("eapo"), loss_type="bnop")
-
-
 def test_recipes_need_no_torch():
     code = "import sys, eapo_fast.recipes as r; r.get('eapo'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

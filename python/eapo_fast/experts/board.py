@@ -105,6 +105,7 @@ class Board:
         self._identity = str(getattr(expert, "identity", type(expert).__qualname__))
         self._replays = bool(getattr(expert, "replays", False))
         self._merges = policy.dedup == "in_flight" and not self._replays
+        self._immediate = bool(getattr(expert, "immediate", False))
         self._warned: set[str] = set()
         self._cache = None if self._replays else open_cache(policy.cache)
         self._recorder = None if policy.record is None else Recorder(policy.record)
@@ -252,7 +253,8 @@ class Board:
             self._warn_once("cache", f"a reply could not be cached: {error}")
 
     def _log(self, status: ConsultStatus, detail: str) -> None:
-        if status not in QUIET:
+        bad_query = self._immediate and status in ("malformed", "refused")
+        if status not in QUIET and not bad_query:
             self._warn_once(status, f"a consult ended as {status}: {detail}")
 
     def _warn_once(self, topic: str, message: str) -> None:

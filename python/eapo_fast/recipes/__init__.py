@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from eapo_fast.errors import ConfigError, suggest
 from eapo_fast.recipes.catalogue import RECIPES
-from eapo_fast.recipes.overrides import override
 from eapo_fast.recipes.recipe import Recipe
 
-__all__ = ["Recipe", "get", "names", "override"]
+__all__ = ["Recipe", "get", "names"]
 
 _BY_NAME: dict[str, Recipe] = {recipe.name: recipe for recipe in RECIPES}
 

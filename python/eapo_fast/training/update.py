@@ -18,6 +18,8 @@ from eapo_fast.training.optimizer import LearningRate, build_optimizer
 from eapo_fast.training.packing import MicroBatch, micro_batches
 from eapo_fast.training.policy import Policy
 
+_DEFAULT_TOKENS = 16384
+
 _TRL_NAMES = {
     "logp_difference_mean": "sampling/sampling_logp_difference/mean",
     "logp_difference_max": "sampling/sampling_logp_difference/max",
@@ -78,7 +80,7 @@ class Updater:
         for batch in micro_batches(
             rollouts,
             advantages,
-            token_budget=self.args.micro_batch_tokens,
+            token_budget=self.args.micro_batch_tokens or _DEFAULT_TOKENS,
             device=self.policy.device,
         ):
             with self.policy.attention(batch.row):  # type: ignore[attr-defined]
