@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +27,28 @@ class Shape:
     max_batch: int = 8
     max_step_tokens: int = 16
     max_context: int = 48
+
+
+W = [TOKEN_BYTES.index(f"w{i}".encode()) for i in range(24)]
+"""Tokens that are part of no tag."""
+
+
+def make_scheduler(**shape: int) -> Any:
+    """A scheduler of this shape over TOKEN_BYTES."""
+    return _core.Scheduler(**asdict(Shape(**shape)), token_bytes=TOKEN_BYTES)
+
+
+def commit(scheduler: Any, plan: Any, tokens: Sequence[int]) -> list[Any]:
+    """Commits these tokens, repeated as needed, with log-probability -0.5."""
+    n = len(plan.sample_rows)
+    ids = np.resize(np.asarray(tokens, np.int64), n)
+    return scheduler.commit(ids, np.full(n, -0.5, np.float32), np.ones(n, np.float32))
+
+
+def step(scheduler: Any, *tokens: int) -> tuple[Any, list[Any]]:
+    """One plan and its events."""
+    plan = scheduler.plan()
+    return plan, commit(scheduler, plan, tokens)
 
 
 class Harness:

@@ -2,54 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 import pytest
-from harness import TOKEN_BYTES, Harness, Shape
+from harness import TOKEN_BYTES, Harness, Shape, W, commit, make_scheduler, step
 from twin_decoder import TwinRules
 
-from eapo_fast import _core
-
-W = [TOKEN_BYTES.index(f"w{i}".encode()) for i in range(24)]
 PLAIN = TwinRules()
-
-
-def _scheduler(**shape: int):
-    return _core.Scheduler(**asdict(Shape(**shape)), token_bytes=TOKEN_BYTES)
-
-
-def _commit(scheduler, plan, tokens):
-    n = len(plan.sample_rows)
-    ids = np.resize(np.asarray(tokens, np.int64), n)
-    return scheduler.commit(ids, np.full(n, -0.5, np.float32), np.ones(n, np.float32))
-
-
-def _step(scheduler, *tokens: int):
-    plan = scheduler.plan()
-    return plan, _commit(scheduler, plan, tokens)
 
 
 def _parked(scheduler, prompt=(1, 2, 3), max_tokens=8, n=1):
     rules = scheduler.add_rules(park_patterns=[b"<q>"])
     seqs = scheduler.add_group(list(prompt), n, rules, max_tokens)
-    _, events = _step(scheduler, TOKEN_BYTES.index(b"<q>"))
+    _, events = step(scheduler, TOKEN_BYTES.index(b"<q>"))
     assert [event.kind for event in events] == ["parked"] * n
     return seqs
 
 
 def test_a_group_prefills_its_prompt_once_and_copies_the_partial_block():
-    scheduler = _scheduler(block_size=4)
+    scheduler = make_scheduler(block_size=4)
     rules = scheduler.add_rules()
     seqs = scheduler.add_group(W[:10], 4, rules, 5)
-    plan, _ = _step(scheduler, *W[:4])
+    plan, _ = step(scheduler, *W[:4])
     assert plan.input_ids.tolist() == W[:10]
     assert plan.logits_rows.tolist() == [9]
     assert plan.sample_rows.tolist() == [0, 0, 0, 0]
     assert plan.sample_seqs.tolist() == seqs
     assert len(set(plan.uniforms.tolist())) == 4
     assert scheduler.stats()["free_blocks"] == 64 - 3
-    plan, _ = _step(scheduler, *W[:4])
+    plan, _ = step(scheduler, *W[:4])
     assert plan.copies.shape == (3, 2)
     assert set(plan.copies[:, 0]) == {plan.block_tables[3, 2]}
     assert (plan.block_tables[:, :2] == plan.block_tables[0, :2]).all()
@@ -61,16 +41,16 @@ def test_a_group_prefills_its_prompt_once_and_copies_the_partial_block():
 
 
 def test_a_full_prompt_block_needs_no_copy():
-    scheduler = _scheduler(block_size=4)
+    scheduler = make_scheduler(block_size=4)
     scheduler.add_group(W[:8], 3, scheduler.add_rules(), 5)
-    _step(scheduler, W[0])
-    plan, _ = _step(scheduler, W[0])
+    step(scheduler, W[0])
+    plan, _ = step(scheduler, W[0])
     assert plan.copies.shape == (0, 2)
     assert plan.slots.tolist() == [4 * block for block in plan.block_tables[:, 2]]
 
 
 def test_the_arrays_of_a_plan_have_the_promised_types():
-    scheduler = _scheduler()
+    scheduler = make_scheduler()
     rules = scheduler.add_rules(banned_token_ids=[7, 3, 7])
     scheduler.add_group([1, 2], 2, rules, 5, temperature=0.5, top_k=9, top_p=0.75, min_p=0.25)
     plan = scheduler.plan()
@@ -93,7 +73,7 @@ def test_the_arrays_of_a_plan_have_the_promised_types():
 
 
 def test_arrays_outlive_their_plan_and_scheduler():
-    scheduler = _scheduler()
+    scheduler = make_scheduler()
     scheduler.add_group(W[:9], 1, scheduler.add_rules(), 5)
     ids = scheduler.plan().input_ids
     del scheduler
@@ -101,25 +81,25 @@ def test_arrays_outlive_their_plan_and_scheduler():
 
 
 def test_prompts_are_cut_to_the_budget_and_decode_rows_always_run():
-    scheduler = _scheduler(max_step_tokens=6, block_size=4)
+    scheduler = make_scheduler(max_step_tokens=6, block_size=4)
     rules = scheduler.add_rules()
     scheduler.add_group(W[:2], 2, rules, 30)
-    _step(scheduler, W[0])
+    step(scheduler, W[0])
     long = scheduler.add_group(W[:11], 1, rules, 30)[0]
     for chunk in (4, 4, 3):
-        plan, _ = _step(scheduler, W[0])
+        plan, _ = step(scheduler, W[0])
         assert plan.seqs.tolist() == [0, 1, long]
         assert np.diff(plan.cu_q).tolist() == [1, 1, chunk]
         assert (long in plan.sample_seqs) == (chunk == 3)
 
 
 def test_an_injection_goes_before_a_new_prompt_in_one_extend_chunk():
-    scheduler = _scheduler(max_step_tokens=6)
+    scheduler = make_scheduler(max_step_tokens=6)
     (seq,) = _parked(scheduler)
     other = scheduler.add_group(W[:9], 1, scheduler.add_rules(), 4)[0]
     assert scheduler.stats()["running"] == 0
     assert scheduler.inject(seq, [W[5], W[6]])
-    plan, _ = _step(scheduler, W[0])
+    plan, _ = step(scheduler, W[0])
     assert plan.seqs.tolist() == [seq, other]
     assert plan.input_ids[:3].tolist() == [TOKEN_BYTES.index(b"<q>"), W[5], W[6]]
     assert plan.positions[:3].tolist() == [3, 4, 5]
@@ -130,70 +110,70 @@ def test_an_injection_goes_before_a_new_prompt_in_one_extend_chunk():
 
 
 def test_parked_rows_leave_their_slots_to_others():
-    scheduler = _scheduler(max_batch=2)
+    scheduler = make_scheduler(max_batch=2)
     _parked(scheduler, n=2)
     others = scheduler.add_group(W[:3], 2, scheduler.add_rules(), 4)
-    _step(scheduler, W[0])
-    plan, _ = _step(scheduler, W[0])
+    step(scheduler, W[0])
+    plan, _ = step(scheduler, W[0])
     assert plan.seqs.tolist() == others
     assert scheduler.stats()["parked"] == 2
 
 
 def test_a_group_larger_than_the_batch_takes_turns():
-    scheduler = _scheduler(max_batch=2)
+    scheduler = make_scheduler(max_batch=2)
     seqs = scheduler.add_group(W[:5], 5, scheduler.add_rules(), 3)
-    plan, _ = _step(scheduler, W[0])
+    plan, _ = step(scheduler, W[0])
     assert len(plan.sample_rows) == 5
     while (plan := scheduler.plan()) is not None:
         assert len(plan.seqs) <= 2
-        _commit(scheduler, plan, [W[0]])
+        commit(scheduler, plan, [W[0]])
     assert all(len(scheduler.tokens(seq)["token_ids"]) == 3 for seq in seqs)
 
 
 def test_parked_kv_goes_tail_first_and_only_the_missing_part_is_prefilled_again():
-    scheduler = _scheduler(num_blocks=6, block_size=4, max_context=24)
+    scheduler = make_scheduler(num_blocks=6, block_size=4, max_context=24)
     (seq,) = _parked(scheduler, prompt=W[:15])
     rules = scheduler.add_rules()
     other = scheduler.add_group(W[:11], 1, rules, 2)[0]
     for _ in range(2):
-        _step(scheduler, W[0])
+        step(scheduler, W[0])
     assert scheduler.tokens(other)["finish_reason"] == "length"
     assert scheduler.stats()["preemptions"] == 0
     assert scheduler.inject(seq, [W[1]])
-    plan, _ = _step(scheduler, W[0])
+    plan, _ = step(scheduler, W[0])
     assert plan.positions.tolist() == [12, 13, 14, 15, 16]
 
 
 def test_the_last_parked_row_gives_its_blocks_first():
-    scheduler = _scheduler(num_blocks=6, block_size=4, max_context=24)
+    scheduler = make_scheduler(num_blocks=6, block_size=4, max_context=24)
     (first,), (last,) = _parked(scheduler, W[:7]), _parked(scheduler, W[:7])
     scheduler.add_group(W[:11], 1, scheduler.add_rules(), 1)
-    _step(scheduler, W[0])
+    step(scheduler, W[0])
     scheduler.inject(last, [W[1]])
     scheduler.inject(first, [W[1]])
-    plan, _ = _step(scheduler, W[0])
+    plan, _ = step(scheduler, W[0])
     assert plan.positions.tolist() == [7, 8, 4, 5, 6, 7, 8]
 
 
 def test_blocks_with_other_owners_go_last():
-    scheduler = _scheduler(num_blocks=6, block_size=4, max_context=24)
+    scheduler = make_scheduler(num_blocks=6, block_size=4, max_context=24)
     (alone,), (_, member) = _parked(scheduler, W[:7]), _parked(scheduler, W[:8], n=2)
     scheduler.add_group(W[:11], 1, scheduler.add_rules(), 1)
-    _step(scheduler, W[0])
+    step(scheduler, W[0])
     scheduler.inject(alone, [W[1]])
     scheduler.inject(member, [W[1]])
-    plan, _ = _step(scheduler, W[0])
+    plan, _ = step(scheduler, W[0])
     assert plan.positions.tolist() == [4, 5, 6, 7, 8, 8, 9]
 
 
 def test_the_newest_row_is_preempted_first():
-    scheduler = _scheduler(num_blocks=6, block_size=4, max_context=24)
+    scheduler = make_scheduler(num_blocks=6, block_size=4, max_context=24)
     rules = scheduler.add_rules()
     seqs = [scheduler.add_group(W[:4], 1, rules, 12)[0] for _ in range(3)]
     seen = []
     while (plan := scheduler.plan()) is not None:
         seen.append(plan.seqs.tolist())
-        _commit(scheduler, plan, [W[0]])
+        commit(scheduler, plan, [W[0]])
     turns = [rows for i, rows in enumerate(seen) if i == 0 or rows != seen[i - 1]]
     assert turns[:2] == [seqs, seqs[:2]]
     assert [rows[0] for rows in seen] == sorted(rows[0] for rows in seen)
@@ -201,18 +181,18 @@ def test_the_newest_row_is_preempted_first():
 
 
 def test_injected_rows_go_before_others_that_wait_for_a_slot():
-    scheduler = _scheduler(max_batch=2)
+    scheduler = make_scheduler(max_batch=2)
     (running,) = scheduler.add_group(W[:3], 1, scheduler.add_rules(), 9)
     resumed, _, injected = _parked_beside(scheduler)
     scheduler.inject(resumed, [])
     scheduler.inject(injected, [W[0]])
-    assert _step(scheduler, W[0])[0].seqs.tolist() == [running, injected]
+    assert step(scheduler, W[0])[0].seqs.tolist() == [running, injected]
 
 
 def _parked_beside(scheduler):
     rules = scheduler.add_rules(park_patterns=[b"<q>"])
     seqs = scheduler.add_group([1, 2], 3, rules, 9)
-    _step(scheduler, W[0], *[TOKEN_BYTES.index(b"<q>")] * 3)
+    step(scheduler, W[0], *[TOKEN_BYTES.index(b"<q>")] * 3)
     assert scheduler.stats()["parked"] == 3
     return seqs
 
@@ -221,13 +201,13 @@ def _run(scheduler, token: int):
     plans = []
     while (plan := scheduler.plan()) is not None:
         plans.append(plan)
-        _commit(scheduler, plan, [token])
+        commit(scheduler, plan, [token])
         scheduler.check()
     return plans
 
 
 def test_a_row_that_lost_its_slot_inside_the_prompt_goes_on_there():
-    scheduler = _scheduler(num_blocks=9, block_size=2, max_batch=2, max_step_tokens=3)
+    scheduler = make_scheduler(num_blocks=9, block_size=2, max_batch=2, max_step_tokens=3)
     rules = scheduler.add_rules(park_patterns=[b"<q>"])
     (old,) = scheduler.add_group(W[:1], 1, rules, 2)
     first, second = scheduler.add_group(W[:8], 2, rules, 2)
@@ -235,12 +215,12 @@ def test_a_row_that_lost_its_slot_inside_the_prompt_goes_on_there():
     scheduler.add_group(W[:17], 1, rules, 1)  # takes all blocks of the three parked rows
     _run(scheduler, W[0])
     scheduler.inject(second, [W[1]])
-    assert _step(scheduler)[0].positions.tolist() == [0, 1, 2]
+    assert step(scheduler)[0].positions.tolist() == [0, 1, 2]
     scheduler.inject(first, [W[1]])
-    _step(scheduler)
-    _step(scheduler)
+    step(scheduler)
+    step(scheduler)
     scheduler.inject(old, [W[1]])
-    assert _step(scheduler, W[0])[0].seqs.tolist() == [old]
+    assert step(scheduler, W[0])[0].seqs.tolist() == [old]
     plan = _run(scheduler, W[0])[0]
     assert plan.seqs.tolist() == [first, second]
     assert plan.positions.tolist() == [8, 9, 3]
@@ -268,9 +248,9 @@ def test_a_preempted_row_takes_its_prompt_from_a_sibling():
     ids=["stop-token", "stop-pattern", "first-park-pattern", "stop-token-before-pattern"],
 )
 def test_events_name_kind_pattern_and_overshoot(rules, token, event):
-    scheduler = _scheduler()
+    scheduler = make_scheduler()
     (seq,) = scheduler.add_group([1], 1, scheduler.add_rules(**rules), 1)
-    _, (got,) = _step(scheduler, TOKEN_BYTES.index(token))
+    _, (got,) = step(scheduler, TOKEN_BYTES.index(token))
     assert (got.seq, got.kind, got.pattern, got.overshoot) == (seq, *event)
     assert scheduler.tokens(seq)["token_ids"].tolist() == [TOKEN_BYTES.index(token)]
     assert scheduler.tokens(seq)["finish_reason"] == ("stop" if got.kind == "finished" else "")
@@ -278,10 +258,10 @@ def test_events_name_kind_pattern_and_overshoot(rules, token, event):
 
 
 def test_a_context_that_is_full_ends_the_row():
-    scheduler = _scheduler(max_context=5)
+    scheduler = make_scheduler(max_context=5)
     (seq,) = scheduler.add_group([1, 2, 3], 1, scheduler.add_rules(), 100)
-    _step(scheduler, W[0])
-    _, (event,) = _step(scheduler, W[0])
+    step(scheduler, W[0])
+    _, (event,) = step(scheduler, W[0])
     assert event.kind == "finished"
     assert scheduler.tokens(seq)["finish_reason"] == "length"
     assert scheduler.stats()["free_blocks"] == 64
@@ -291,7 +271,7 @@ def test_a_context_that_is_full_ends_the_row():
     ("max_tokens", "ids"), [(1, []), (5, W[:4])], ids=["no-tokens-left", "context-exceeded"]
 )
 def test_an_injection_without_room_ends_the_row(max_tokens, ids):
-    scheduler = _scheduler(max_context=8)
+    scheduler = make_scheduler(max_context=8)
     (seq,) = _parked(scheduler, max_tokens=max_tokens)
     assert scheduler.inject(seq, ids) is False
     assert scheduler.tokens(seq)["finish_reason"] == "length"
@@ -300,66 +280,66 @@ def test_an_injection_without_room_ends_the_row(max_tokens, ids):
 
 
 def test_an_injection_that_just_fits_leaves_one_token():
-    scheduler = _scheduler(max_context=8)
+    scheduler = make_scheduler(max_context=8)
     (seq,) = _parked(scheduler)
     assert scheduler.inject(seq, W[:3])
-    _, (event,) = _step(scheduler, W[0])
+    _, (event,) = step(scheduler, W[0])
     assert event.kind == "finished"
     assert scheduler.tokens(seq)["finish_reason"] == "length"
 
 
 def test_a_banned_string_cannot_be_completed_over_several_tokens():
-    scheduler = _scheduler()
+    scheduler = make_scheduler()
     rules = scheduler.add_rules(banned_patterns=[b"<q>"], banned_token_ids=[W[9]])
     scheduler.add_group([1], 1, rules, 9)
     banned = []
     for piece in (b"<", b"q", b"a"):
-        plan, _ = _step(scheduler, TOKEN_BYTES.index(piece))
+        plan, _ = step(scheduler, TOKEN_BYTES.index(piece))
         banned.append({TOKEN_BYTES[i] for i in plan.ban_ids} - {b"<q>", b"w9"})
     assert banned == [set(), {b"q>"}, {b">"}]
 
 
 def test_bans_start_anew_behind_an_injection():
-    scheduler = _scheduler()
+    scheduler = make_scheduler()
     rules = scheduler.add_rules(banned_patterns=[b"<q>"], park_patterns=[b"<"])
     (seq,) = scheduler.add_group([1], 1, rules, 9)
-    _step(scheduler, TOKEN_BYTES.index(b"<"))
+    step(scheduler, TOKEN_BYTES.index(b"<"))
     scheduler.inject(seq, [TOKEN_BYTES.index(b"<")])
     assert {TOKEN_BYTES[i] for i in scheduler.plan().ban_ids} == {b"<q>"}
 
 
 def test_new_rules_see_the_tokens_since_the_last_injection():
-    scheduler = _scheduler()
+    scheduler = make_scheduler()
     (seq,) = scheduler.add_group([1], 1, scheduler.add_rules(), 9)
-    _step(scheduler, TOKEN_BYTES.index(b"<"))
+    step(scheduler, TOKEN_BYTES.index(b"<"))
     scheduler.set_rules(seq, scheduler.add_rules(stop_patterns=[b"<q>"]))
-    _, (event,) = _step(scheduler, TOKEN_BYTES.index(b"q>"))
+    _, (event,) = step(scheduler, TOKEN_BYTES.index(b"q>"))
     assert (event.kind, event.pattern) == ("finished", 0)
 
 
 def test_new_rules_do_not_see_injected_tokens():
-    scheduler = _scheduler()
+    scheduler = make_scheduler()
     (seq,) = _parked(scheduler)
     scheduler.inject(seq, [TOKEN_BYTES.index(b"<")])
     scheduler.set_rules(seq, scheduler.add_rules(stop_patterns=[b"<q>"]))
-    _, events = _step(scheduler, TOKEN_BYTES.index(b"q>"))
+    _, events = step(scheduler, TOKEN_BYTES.index(b"q>"))
     assert events == []
 
 
 def test_equal_rules_have_equal_ids():
-    scheduler = _scheduler()
+    scheduler = make_scheduler()
     first = scheduler.add_rules([1], [b"a"])
     assert scheduler.add_rules([2], [b"a"]) != first
     assert scheduler.add_rules([1], [b"a"]) == first
 
 
 def test_finishing_the_first_member_leaves_the_prompt_to_the_next():
-    scheduler = _scheduler(max_step_tokens=4)
+    scheduler = make_scheduler(max_step_tokens=4)
     seqs = scheduler.add_group(W[:6], 3, scheduler.add_rules(), 4)
-    _step(scheduler)
+    step(scheduler)
     scheduler.finish(seqs[0], "cancelled")
     scheduler.check()
-    plan, _ = _step(scheduler, W[0])
+    plan, _ = step(scheduler, W[0])
     assert plan.positions.tolist() == [4, 5]
     assert plan.sample_seqs.tolist() == seqs[1:]
     assert scheduler.tokens(seqs[0])["finish_reason"] == "cancelled"
@@ -375,110 +355,3 @@ def test_uniforms_skip_injected_positions():
     harness.inject(seq, W[:3])
     expected = harness.expected_uniform(seq)
     assert harness.scheduler.plan().uniforms.tolist() == [expected]
-
-
-class TestMisuse:
-    def test_two_plans_in_a_row(self):
-        scheduler = _scheduler()
-        scheduler.add_group([1], 1, scheduler.add_rules(), 4)
-        scheduler.plan()
-        with pytest.raises(RuntimeError, match="plan\\(\\) was called twice"):
-            scheduler.plan()
-
-    def test_a_commit_without_a_plan(self):
-        with pytest.raises(RuntimeError, match="without a planned step"):
-            _scheduler().commit(np.zeros(0, np.int64), *[np.zeros(0, np.float32)] * 2)
-
-    @pytest.mark.parametrize("tokens", [[], [1, 2], [-1], [2**31]], ids=str)
-    def test_a_commit_of_other_samples_changes_nothing(self, tokens):
-        scheduler = _scheduler()
-        (seq,) = scheduler.add_group([1], 1, scheduler.add_rules(), 4)
-        plan = scheduler.plan()
-        floats = np.ones(len(tokens), np.float32)
-        with pytest.raises(ValueError, match=r"the step has 1 samples|not in \[0, 2\*\*31\)"):
-            scheduler.commit(np.array(tokens, np.int64), floats, floats)
-        _commit(scheduler, plan, [W[0]])
-        assert scheduler.tokens(seq)["token_ids"].tolist() == [W[0]]
-
-    @pytest.mark.parametrize("action", ["finish", "release", "set_rules"])
-    def test_planned_rows_are_fixed(self, action):
-        scheduler = _scheduler()
-        seqs = scheduler.add_group([1], 2, scheduler.add_rules(), 4)
-        scheduler.plan()
-        arguments = {"finish": ("stop",), "release": (), "set_rules": (0,)}[action]
-        with pytest.raises(RuntimeError, match="planned step; commit"):
-            getattr(scheduler, action)(seqs[1], *arguments)
-
-    def test_a_finished_row_cannot_change(self):
-        scheduler = _scheduler()
-        (seq,) = scheduler.add_group([1], 1, scheduler.add_rules(), 4)
-        scheduler.finish(seq, "cancelled")
-        with pytest.raises(ValueError, match="it finished as 'cancelled'"):
-            scheduler.inject(seq, [1])
-
-    def test_only_parked_rows_take_injections(self):
-        scheduler = _scheduler()
-        (seq,) = scheduler.add_group([1], 1, scheduler.add_rules(), 4)
-        with pytest.raises(ValueError, match="not parked"):
-            scheduler.inject(seq, [1])
-
-    def test_a_released_row_is_gone(self):
-        scheduler = _scheduler()
-        (seq,) = scheduler.add_group([1], 1, scheduler.add_rules(), 4)
-        scheduler.release(seq)
-        with pytest.raises(ValueError, match="sequence 0 is unknown or was released"):
-            scheduler.tokens(seq)
-
-    @pytest.mark.parametrize(
-        ("shape", "limit"),
-        [({"max_context": 9}, "max_context=9"), ({"num_blocks": 2}, "2 blocks of 4")],
-        ids=["context", "pool"],
-    )
-    def test_a_prompt_too_long(self, shape, limit):
-        scheduler = _scheduler(**shape)
-        with pytest.raises(ValueError, match=f"a prompt of 9 tokens and one more .*{limit}"):
-            scheduler.add_group(W[:9], 1, scheduler.add_rules(), 4)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"n": 0}, "n must be >= 1, got 0"),
-            ({"prompt": []}, "the prompt is empty"),
-            ({"prompt": [-3]}, "token ids must be >= 0, got -3"),
-            ({"rules": 1}, "rules 1 are unknown"),
-            ({"max_tokens": 0}, "max_tokens must be >= 1, got 0"),
-            ({"temperature": -1.0}, "temperature must be finite"),
-            ({"temperature": float("nan")}, "temperature must be finite"),
-            ({"top_k": -1}, "top_k must be >= 0"),
-            ({"top_p": 0.0}, "top_p must be in"),
-            ({"min_p": 1.5}, "min_p must be in"),
-            ({"seed": 2**64}, "seed must fit 64 bits"),
-        ],
-        ids=str,
-    )
-    def test_a_bad_group(self, change, message):
-        scheduler = _scheduler()
-        good = {"prompt": [1], "n": 1, "rules": scheduler.add_rules(), "max_tokens": 4}
-        with pytest.raises(ValueError, match=message):
-            scheduler.add_group(**(good | change))
-        assert scheduler.plan() is None
-
-    @pytest.mark.parametrize(
-        "name", ["num_blocks", "block_size", "max_batch", "max_step_tokens", "max_context"]
-    )
-    def test_a_bad_shape(self, name):
-        with pytest.raises(ValueError, match=f"{name} must be >= "):
-            _scheduler(**{name: 0})
-
-    @pytest.mark.parametrize(
-        ("rules", "message"),
-        [
-            ({"stop_patterns": [b"a"], "park_patterns": [b"a"]}, "pattern 1 repeats pattern 0"),
-            ({"banned_patterns": [b""]}, "pattern 0 is empty"),
-            ({"banned_token_ids": [4, -2]}, "banned_token_ids must be >= 0, got -2"),
-        ],
-        ids=["stop-and-park", "empty", "negative"],
-    )
-    def test_bad_rules(self, rules, message):
-        with pytest.raises(ValueError, match=message):
-            _scheduler().add_rules(**rules)

@@ -13,7 +13,7 @@ _LOSS_TYPES: dict[str, dict[str, Any]] = {
     "bnpo": {"aggregation": "token-mean"},
     "grpo": {"aggregation": "seq-mean-token-mean"},
     "dr_grpo": {"aggregation": "seq-mean-token-sum-norm"},
-    "cispo": {"aggregation": "token-mean", "surrogate": "detached_clip"},
+    "cispo": {"aggregation": "token-mean", "surrogate": "detached_clip", "epsilon": 1.0},
 }
 
 _SCALES = {"group": "std", "batch": "batch_std", "none": "none"}
@@ -32,13 +32,11 @@ def resolve_recipe(args: EAPOConfig) -> Recipe:
         if getattr(args, name) is not None
     }
     if args.loss_type is not None:
-        changes |= _LOSS_TYPES[args.loss_type]
+        changes = _LOSS_TYPES[args.loss_type] | changes
     if args.importance_sampling_level is not None:
         changes["ratio"] = args.importance_sampling_level
     if args.scale_rewards is not None:
         changes["scale"] = _SCALES[str(args.scale_rewards)]
-    if changes.get("beta") and base.kl is None:
-        changes["kl"] = "k3"
     if base.max_length is None:
         changes["max_length"] = args.max_completion_length
     return base.replace(**changes)

@@ -76,6 +76,7 @@ class Updater:
         self, rollouts: Sequence[Rollout], advantages: Sequence[float]
     ) -> dict[str, float]:
         num_tokens = sum(r.num_policy_tokens for r in rollouts)
+        num_sequences = sum(r.num_policy_tokens > 0 for r in rollouts)
         parts: defaultdict[str, list[Tensor]] = defaultdict(list)
         for batch in micro_batches(
             rollouts,
@@ -84,7 +85,7 @@ class Updater:
             device=self.policy.device,
         ):
             with self.policy.attention(batch.row):  # type: ignore[attr-defined]
-                output = self._loss(batch, num_tokens, len(rollouts))
+                output = self._loss(batch, num_tokens, num_sequences)
                 output.loss.backward()
             parts["loss"].append(output.loss.detach())
             for name, value in output.metrics.items():
