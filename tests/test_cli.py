@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 
@@ -119,6 +120,7 @@ class FakeTrainer:
 
     def train(self):
         type(self).last = self
+        return SimpleNamespace(metrics={"steps": 3, "run_dir": "runs/x"})
 
 
 @pytest.fixture

@@ -16,7 +16,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NO_INDEX = ("Could not find a version", "No matching distribution", "Temporary failure", "timed out")
+NO_INDEX = (
+    "Could not find a version",
+    "No matching distribution",
+    "Temporary failure",
+    "timed out",
+)
 
 if not (ROOT / "CMakeLists.txt").is_file():
     pytest.skip("needs the source tree", allow_module_level=True)
@@ -97,7 +102,7 @@ def test_sdist_holds_the_sources_and_nothing_else(sdist: Path, version: str) -> 
     top = f"eapo_fast-{version}/"
     for name in ("CMakeLists.txt", "pyproject.toml", "csrc/bindings/core_module.cpp"):
         assert top + name in names
-    assert set(top + "kernels/" + name for name in sources("kernels")) <= set(names)
+    assert {top + "kernels/" + name for name in sources("kernels")} <= set(names)
     unwanted = ("/.venv", "/build/", "/runs/", "__pycache__", ".so")
     assert not [name for name in names if any(part in name for part in unwanted)]
 

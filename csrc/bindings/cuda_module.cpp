@@ -23,7 +23,7 @@ void group_advantages(py::handle rewards_, py::handle group_ids, const std::stri
 }  // namespace eapo
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of eapo_fast; imports without a GPU, fails at the call with CUDA's words.";
+  m.doc() = "CUDA kernels of eapo_fast; the module imports on a machine without a GPU.";
   m.attr("__version__") = EAPO_FAST_VERSION;
   m.def("group_advantages", &eapo::group_advantages, py::arg("rewards"), py::arg("group_ids"),
         py::arg("center"), py::arg("scale"), py::arg("lengths"), py::arg("eps"), py::arg("ddof"),

@@ -1,5 +1,5 @@
-// Borrowed views of torch tensors through the DLPack exchange API. No libtorch is linked, nothing is
-// copied, and no reference is taken: a view is valid only within the call that received it.
+// Borrowed views of torch tensors through the DLPack exchange API. No libtorch is linked, nothing
+// is copied, and no reference is taken: a view is valid only within the call that received it.
 #pragma once
 
 #include <pybind11/pybind11.h>

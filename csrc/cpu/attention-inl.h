@@ -1,7 +1,7 @@
 // Paged attention of one target. A work item is (segment, query tile, kv head); its rows are the
-// query heads that share the kv head, for each query of the tile. Keys are visited in tiles at fixed
-// absolute positions and every row has its own arithmetic in a fixed order, so a row's result does
-// not depend on batch, chunking, block size or thread count.
+// query heads that share the kv head, for each query of the tile. Keys are visited in tiles at
+// fixed absolute positions and every row has its own arithmetic in a fixed order, so the bits of a
+// row do not depend on batch, chunking, block size or thread count.
 
 constexpr int64_t kKeyTile = 32;
 constexpr int64_t kRowTile = 32;   // aimed-at rows of a work item
@@ -65,17 +65,10 @@ EAPO_INLINE void key_rows(const AttentionArgs& args, const void* cache, const in
   for (int64_t i = count; i < kKeyTile; ++i) rows[i] = zeros;
 }
 
-// Blocks lie scattered, so no hardware prefetcher sees the next tile come.
 template <typename T>
-EAPO_INLINE void prefetch(const T* const* rows, int64_t dim) {
-  for (int64_t i = 0; i < kKeyTile; ++i)
-    for (int64_t d = 0; d < dim; d += 64 / int64_t{sizeof(T)}) __builtin_prefetch(rows[i] + d);
-}
-
-template <typename T>
-EAPO_INLINE void pack_keys(const Tile& tile, const T* const* rows) {
+EAPO_INLINE void pack_keys(const Tile& tile, const T* const* rows, int64_t keys) {
   for (int64_t d = 0; d < tile.dim; d += kLanes)
-    for (int64_t key = 0; key < kKeyTile; key += kLanes) {
+    for (int64_t key = 0; key < keys; key += kLanes) {
       F square[kLanes];
       if (d + kLanes <= tile.dim)
         unrolled<kLanes>([&](auto i) { square[i] = load(rows[key + i] + d); });
@@ -88,8 +81,9 @@ EAPO_INLINE void pack_keys(const Tile& tile, const T* const* rows) {
 
 // Rows of fp32 values, padded to whole vectors: the cache's own where they are that already.
 template <typename T>
-EAPO_INLINE void value_rows(const Tile& tile, const T* const* rows, const float** values) {
-  for (int64_t key = 0; key < kKeyTile; ++key) {
+EAPO_INLINE void value_rows(const Tile& tile, const T* const* rows, int64_t keys,
+                            const float** values) {
+  for (int64_t key = 0; key < keys; ++key) {
     if constexpr (std::is_same_v<T, float>)
       if (tile.dim == tile.padded_dim) {
         values[key] = rows[key];
@@ -103,8 +97,8 @@ EAPO_INLINE void value_rows(const Tile& tile, const T* const* rows, const float*
 }
 
 template <int Rows>
-EAPO_INLINE void score_rows(const Tile& tile, int64_t first_row) {
-  for (int64_t key = 0; key < kKeyTile; key += kKeyVectors * kLanes) {
+EAPO_INLINE void score_rows(const Tile& tile, int64_t first_row, int64_t keys) {
+  for (int64_t key = 0; key < keys; key += kKeyVectors * kLanes) {
     F sums[Rows][kKeyVectors] = {};
     for (int64_t d = 0; d < tile.dim; ++d)
       for (int v = 0; v < kKeyVectors; ++v) {
@@ -119,13 +113,13 @@ EAPO_INLINE void score_rows(const Tile& tile, int64_t first_row) {
 }
 
 template <int Rows, int Vectors>
-EAPO_INLINE void add_vectors(const Tile& tile, const float* const* rows, int64_t first_row,
-                             int64_t d) {
+EAPO_INLINE void add_vectors(const Tile& tile, const float* const* rows, int64_t keys,
+                             int64_t first_row, int64_t d) {
   F sums[Rows][Vectors];
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < Vectors; ++v)
       sums[r][v] = load(tile.output + (first_row + r) * tile.padded_dim + d + v * kLanes);
-  for (int64_t key = 0; key < kKeyTile; ++key)
+  for (int64_t key = 0; key < keys; ++key)
     for (int v = 0; v < Vectors; ++v) {
       const F values = load(rows[key] + d + v * kLanes);
       for (int r = 0; r < Rows; ++r)
@@ -137,11 +131,12 @@ EAPO_INLINE void add_vectors(const Tile& tile, const float* const* rows, int64_t
 }
 
 template <int Rows>
-EAPO_INLINE void add_values(const Tile& tile, const float* const* rows, int64_t first_row) {
+EAPO_INLINE void add_values(const Tile& tile, const float* const* rows, int64_t keys,
+                            int64_t first_row) {
   int64_t d = 0;
   for (; d + 2 * kLanes <= tile.padded_dim; d += 2 * kLanes)
-    add_vectors<Rows, 2>(tile, rows, first_row, d);
-  if (d < tile.padded_dim) add_vectors<Rows, 1>(tile, rows, first_row, d);
+    add_vectors<Rows, 2>(tile, rows, keys, first_row, d);
+  if (d < tile.padded_dim) add_vectors<Rows, 1>(tile, rows, keys, first_row, d);
 }
 
 // Keys that a row may see: first <= position <= last.
@@ -247,24 +242,24 @@ void attend(const AttentionArgs& args, const Item& item) {
   const Tile tile = make_tile(item.queries * group, args.dim);
   load_queries<T>(args, item, tile);
   const T* zeros = reinterpret_cast<const T*>(tile.zeros);
-  int64_t key = first_seen(first_position) / kKeyTile * kKeyTile;
-  const T *keys[kKeyTile], *values[kKeyTile];
-  key_rows(args, args.k_cache, table, item.head, key, kv_len, zeros, keys);
-  for (; key <= last_position; key += kKeyTile) {
-    key_rows(args, args.v_cache, table, item.head, key, kv_len, zeros, values);
-    prefetch(values, args.dim);
-    pack_keys(tile, keys);
-    key_rows(args, args.k_cache, table, item.head, key + kKeyTile, kv_len, zeros, keys);
-    prefetch(keys, args.dim);
-    for_row_blocks(tile.rows, [&](int64_t row, auto count) { score_rows<count()>(tile, row); });
+  const T* cached[kKeyTile];
+  const float* values[kKeyTile];
+  int64_t first_key = first_seen(first_position) / kKeyTile * kKeyTile;
+  for (; first_key <= last_position; first_key += kKeyTile) {
+    // Keys past the last position are masked for every row: what the tile holds for them is unused.
+    const int64_t keys = std::min(kKeyTile, last_position + 1 - first_key);
+    key_rows(args, args.k_cache, table, item.head, first_key, kv_len, zeros, cached);
+    pack_keys(tile, cached, keys);
+    for_row_blocks(tile.rows,
+                   [&](int64_t row, auto count) { score_rows<count()>(tile, row, keys); });
     for (int64_t row = 0; row < tile.rows; ++row) {
       const int64_t position = first_position + row / group;
-      softmax_row(args, tile, row, key, {first_seen(position), position});
+      softmax_row(args, tile, row, first_key, {first_seen(position), position});
     }
-    const float* rows[kKeyTile];
-    value_rows(tile, values, rows);
+    key_rows(args, args.v_cache, table, item.head, first_key, kv_len, zeros, cached);
+    value_rows(tile, cached, keys, values);
     for_row_blocks(tile.rows,
-                   [&](int64_t row, auto count) { add_values<count()>(tile, rows, row); });
+                   [&](int64_t row, auto count) { add_values<count()>(tile, values, keys, row); });
   }
   store_output<T>(args, item, tile);
 }

@@ -11,9 +11,10 @@ int num_threads();
 // Throws std::invalid_argument unless 1 <= count <= 1024.
 void set_num_threads(int count);
 
-// Calls body(begin, end) over disjoint ranges of at most `grain` items that cover [0, count). Ranges
-// go to whichever thread is free, so body must not depend on who runs it. The first exception
-// thrown by a body is rethrown here. Calls from several threads at once take turns.
+// Calls body(begin, end) over disjoint ranges that cover [0, count): of at most `grain` items on
+// several threads, one range on one thread. Ranges go to whichever thread is free, so body must not
+// depend on who runs it. The first exception thrown by a body is rethrown here. Calls from several
+// threads at once take turns.
 void parallel_for(int64_t count, int64_t grain,
                   const std::function<void(int64_t, int64_t)>& body);
 

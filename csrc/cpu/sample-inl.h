@@ -111,7 +111,7 @@ inline float top_p_threshold(const Row& row, const Histogram& histogram, double 
   return members.empty() ? row.threshold : members.back().logit;
 }
 
-// Raises row.threshold by top-k, then top-p of what is left, then min-p. Equal logits stay together.
+// Raises row.threshold by top-k, then top-p of what is left, then min-p. Equals stay together.
 inline void truncate(Row& row, int64_t top_k, float top_p, float min_p, double total) {
   const bool by_count = top_k > 0 && top_k < row.size, by_mass = top_p < 1.0f;
   if (by_count || by_mass) {
@@ -146,7 +146,8 @@ inline int64_t invert_cdf(const Row& row, const double* masses, double total, do
   }
   const int64_t begin = chosen * kMassBlock, end = std::min(begin + kMassBlock, row.size);
   float weights[kMassBlock + kLanes];
-  for (int64_t i = begin; i < end; i += kLanes) store(weights + i - begin, row.weight(row.at(i, end)));
+  for (int64_t i = begin; i < end; i += kLanes)
+    store(weights + i - begin, row.weight(row.at(i, end)));
   int64_t last = begin;
   for (int64_t i = begin; i < end; ++i) {
     if (weights[i - begin] <= 0) continue;

@@ -8,7 +8,7 @@ using H = uint16_t __attribute__((vector_size(EAPO_LANES * 2)));
 constexpr int kLanes = EAPO_LANES;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// fn(integral_constant 0) ... fn(integral_constant Count - 1), unrolled whatever the optimiser thinks.
+// fn(constant 0) ... fn(constant Count - 1), unrolled whatever the optimiser thinks.
 template <int Count, int First = 0, typename Fn>
 EAPO_INLINE void unrolled(const Fn& fn) {
   if constexpr (First < Count) {

@@ -32,8 +32,9 @@ def paged_attention(
     """Write `k`, `v` into the cache, then attend; returns [T, Hq, D] in the dtype of `q`.
 
     S segments are packed along T. The rows of segment s are the last `q_len` of its `kv_lens[s]`
-    positions; row at position p sees keys `max(0, p - window + 1) .. p`. Query head h reads key head
-    `h // (Hq / Hkv)`. The result of a row does not depend on batch, chunking, block size or threads.
+    positions; the row at position p sees keys `max(0, p - window + 1) .. p`. Query head h reads key
+    head `h // (Hq / Hkv)`. On the CPU the bits of a row do not depend on batch, chunking, block
+    size or threads.
 
     Args:
         q: [T, Hq, D] float32 or bfloat16 (float64 too for the reference).

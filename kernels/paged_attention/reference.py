@@ -84,7 +84,7 @@ def _rows(
     kv_lens: list[int],
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of q and their positions, [segments, longest query]; the row is -1 where there is none."""
+    """Rows of q and their positions, [segments, longest query]; -1 pads the rows."""
     table = torch.tensor([(starts[s], q_lens[s], kv_lens[s]) for s in batch])
     start, q_len, kv_len = table.unsqueeze(1).unbind(-1)
     step = torch.arange(max(q_lens[s] for s in batch))

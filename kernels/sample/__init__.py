@@ -47,7 +47,7 @@ def sample(
         uniforms: [N] float32 in [0, 1); the token is the first, in vocabulary order, whose
             cumulative probability exceeds it.
         temperatures: [N] float32; 0 takes the largest logit (the first of equals).
-        top_ks: [N] int32; keeps the k largest logits, all that equal the k-th among them; <= 0: off.
+        top_ks: [N] int32; keeps the k largest logits and all that equal the k-th; <= 0: off.
         top_ps: [N] float32; of what top-k left keeps the fewest largest that hold this share of its
             mass, equals of the last among them; >= 1: off.
         min_ps: [N] float32; keeps tokens at least this probable relative to the most probable;
@@ -55,9 +55,9 @@ def sample(
         banned: (samples, token ids), int32 [B] each: entries that get probability 0.
         backend: "auto", "reference" (any device) or "cpu".
 
-    Log-probabilities are float32 (float64 from the reference on float64 logits). Raises `ValueError`
-    for a row with no distribution (NaN, +inf, or all entries -inf or banned), for indices out of
-    range on the CPU, and for a backend that cannot run here.
+    Log-probabilities are float32 (float64 from the reference on float64 logits). Raises
+    `ValueError` for a row with no distribution (NaN, +inf, or all entries -inf or banned), for
+    indices out of range on the CPU, and for a backend that cannot run here.
     """
     chosen = choose_backend("sample", backend, {"cpu": cpu_refusal}, logits)
     if banned is None:

@@ -135,7 +135,9 @@ def _train(arguments: argparse.Namespace) -> int:
         for name, value in trainer.describe().items():
             print(f"# {name.replace('_', ' ')}: {value}")
         return 0
-    trainer.train()
+    from eapo_fast.reporting import print_summary
+
+    print_summary(trainer.train().metrics)
     return 0
 
 

@@ -37,7 +37,12 @@ from eapo_fast.errors import ConfigError
 from eapo_fast.evaluation import Evaluation, evaluate_rows
 from eapo_fast.experts import ConsultScheduler, Expert
 from eapo_fast.rollout import ConsultProtocol
-from eapo_fast.training.checkpoint import load_checkpoint, resolve_checkpoint, save_checkpoint
+from eapo_fast.training.checkpoint import (
+    load_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+    save_model,
+)
 from eapo_fast.training.consulting import ConsultCounts, build_scheduler, turns_at
 from eapo_fast.training.generation import Generation, autocast, generate, generation_metrics
 from eapo_fast.training.optimizer import learning_rate
@@ -172,8 +177,7 @@ class Trainer:
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write model and tokenizer in the transformers layout; None: `<output_dir>/final`."""
         folder = Path(output_dir or self.output_dir / "final")
-        self.model.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
+        save_model(self.model, self.processing_class, folder)
 
     def add_callback(self, callback: Any) -> None:
         """Add a `transformers.TrainerCallback`."""

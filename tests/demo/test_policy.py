@@ -49,7 +49,8 @@ def test_ids_of_pieces_are_the_ids_of_the_joined_text(tokenizer) -> None:
         joined = tokenizer.encode(SOLUTION[:cut]) + tokenizer.encode(SOLUTION[cut:])
         assert joined == tokenizer.encode(SOLUTION)
     parts = re.split("(" + "|".join(map(re.escape, PIECES)) + ")", SOLUTION)
-    assert sum((tokenizer.encode(part) for part in parts), []) == tokenizer.encode(SOLUTION)
+    ids = [token for part in parts for token in tokenizer.encode(part)]
+    assert ids == tokenizer.encode(SOLUTION)
 
 
 def test_the_saved_tokenizer_is_the_built_one(tokenizer) -> None:
@@ -72,7 +73,10 @@ def sample(model, tokenizer, rows: int) -> list[str]:
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     torch.manual_seed(0)
     ids = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=70)
-    return [tokenizer.decode(new, skip_special_tokens=True) for new in ids[:, batch.input_ids.shape[1] :]]
+    return [
+        tokenizer.decode(new, skip_special_tokens=True)
+        for new in ids[:, batch.input_ids.shape[1] :]
+    ]
 
 
 def test_the_policy_writes_steps_boxes_and_consult_blocks(model, tokenizer) -> None:

@@ -74,9 +74,7 @@ class Case:
         cache = (sum(widths) + 3, size, self.shape.kv_heads, self.shape.dim)
         caches = [torch.full(cache, torch.nan, dtype=dtype) for _ in range(2)]
         slots, used = [], 0
-        for s, (width, q_len, kv) in enumerate(
-            zip(widths, self.q_lens, self.kv_lens, strict=True)
-        ):
+        for s, (width, q_len, kv) in enumerate(zip(widths, self.q_lens, self.kv_lens, strict=True)):
             tables[s, :width] = blocks[used : used + width]
             used += width
             slot = (tables[s, :width].long().unsqueeze(1) * size + torch.arange(size)).flatten()
@@ -154,7 +152,9 @@ def test_bfloat16(isa: str, shape: str) -> None:
     torch.testing.assert_close(got.double(), case.dense(), rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"window": 7}, {"window": 40, "softcap": 5.0}])
+@pytest.mark.parametrize(
+    "options", [{"softcap": 2.0}, {"window": 7}, {"window": 40, "softcap": 5.0}]
+)
 def test_softcap_and_window(isa: str, options: dict[str, float]) -> None:
     case = Case.random(Shape(), MIXED, torch.float32)
     want = case.dense(softcap=options.get("softcap", 0.0), window=int(options.get("window", 0)))
@@ -249,13 +249,19 @@ def test_bad_arguments_are_named() -> None:
 
     step = case.step()
     rejects(TypeError, "k: want float32 like q, got bfloat16", k=step["k"].bfloat16())
-    rejects(ValueError, r"v: want shape \[59, 2, 32\], got shape \[59, 2, 31\]", v=step["v"][..., 1:])
+    rejects(
+        ValueError, r"v: want shape \[59, 2, 32\], got shape \[59, 2, 31\]", v=step["v"][..., 1:]
+    )
     rejects(TypeError, "slots: want int64, got int32", slots=step["slots"].int())
     rejects(ValueError, r"slots\[0\] is -1, but there are", slots=step["slots"] * 0 - 1)
     rejects(ValueError, "cu_q must run from 0 to 59", cu_q=step["cu_q"] + 1)
     rejects(ValueError, "has 1 query rows .* and 0 keys", kv_lens=step["kv_lens"] * 0)
     rejects(ValueError, "but the cache has", block_tables=step["block_tables"] + 1000)
-    rejects(ValueError, "segment 1 needs 4 blocks for 63 keys", block_tables=step["block_tables"][:, :2].contiguous())
+    rejects(
+        ValueError,
+        "segment 1 needs 4 blocks for 63 keys",
+        block_tables=step["block_tables"][:, :2].contiguous(),
+    )
     rejects(TypeError, "kv_lens: want a torch.Tensor, got list", kv_lens=[1])  # type: ignore[arg-type]
 
 

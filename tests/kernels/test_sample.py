@@ -205,9 +205,7 @@ def test_row_without_distribution_is_named(poison: float, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_everything_banned_is_an_error(backend: str) -> None:
     with pytest.raises(ValueError, match="every token is -inf or banned"):
-        draw(
-            torch.zeros(1, 2), uniforms=torch.zeros(1), banned=([0, 0], [0, 1]), backend=backend
-        )
+        draw(torch.zeros(1, 2), uniforms=torch.zeros(1), banned=([0, 0], [0, 1]), backend=backend)
 
 
 def test_bad_arguments_are_named() -> None:

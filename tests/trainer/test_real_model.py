@@ -109,6 +109,7 @@ def test_train_from_yaml_with_an_http_expert(
 
     path = run_file(tmp_path, model_dir, problems(tmp_path), server.url)
     assert main(["train", str(path)]) == 0
+    assert "report.html" in capsys.readouterr().out
     run = tmp_path / "run"
     assert read_jsonl(run / "metrics.jsonl")[-1]["step"] == 2
     lines = [line for s in (1, 2) for line in read_jsonl(run / "rollouts" / f"step_{s:06d}.jsonl")]

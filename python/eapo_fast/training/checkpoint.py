@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eapo_fast.errors import ConfigError
+from eapo_fast.training.quiet import without_progress_bars
 
 _PREFIX = "checkpoint-"
 _OPTIMIZER = "optimizer.safetensors"
@@ -42,8 +43,7 @@ def save_checkpoint(
     partial = output_dir / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    save_model(model, tokenizer, partial)
     if optimizer is not None:
         save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER)
         if hasattr(model, "peft_config"):
@@ -57,6 +57,13 @@ def save_checkpoint(
     for old in checkpoints(output_dir)[: -keep if keep else 0]:
         shutil.rmtree(old)
     return final
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer in the transformers layout."""
+    with without_progress_bars():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -95,7 +102,8 @@ def load_checkpoint(path: Path, model: Any, optimizer: torch.optim.Optimizer) ->
             for name, parameter in _trainable(model).items():
                 parameter.copy_(saved[name])
     else:
-        stored = type(model).from_pretrained(path, dtype=model.dtype)
+        with without_progress_bars():
+            stored = type(model).from_pretrained(path, dtype=model.dtype)
         model.load_state_dict(stored.state_dict())
     _restore_optimizer(model, optimizer, load_file(path / _OPTIMIZER))
     state: dict[str, Any] = json.loads((path / _STATE).read_text())

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from eapo_fast.config import EAPOConfig
 from eapo_fast.errors import ConfigError, ModelError
+from eapo_fast.training.quiet import without_progress_bars
 
 
 def load_model(model: str | Path | PreTrainedModel, args: EAPOConfig) -> PreTrainedModel:
@@ -92,7 +93,8 @@ def _from_path(path: str) -> PreTrainedModel:
             f"model: {path} has no config.json, so it is not a transformers model directory"
         )
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        with without_progress_bars():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
