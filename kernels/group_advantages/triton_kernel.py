@@ -17,7 +17,7 @@ _CENTERS = {"none": 0, "mean": 1, "loo": 2, "length": 3}
 _MAX_GROUP = 1 << 16
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _deviation(distance, live, count, ddof):  # type: ignore[no-untyped-def]
     """Square root of the variance of `distance`; 1 for a single member."""
     squares = tl.sum(tl.where(live, distance * distance, 0.0), 0)

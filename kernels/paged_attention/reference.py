@@ -121,7 +121,8 @@ def _attend(
     kv_heads = keys.shape[1]
     grouped = q.to(keys.dtype).view(segments, queries, kv_heads, heads // kv_heads, dim)
     packed = grouped.permute(0, 2, 3, 1, 4).reshape(segments, kv_heads, -1, dim)
-    scores = (packed @ keys.transpose(-1, -2) * scale).unflatten(2, (-1, queries))
+    scores = packed @ keys.transpose(-1, -2) * scale
+    scores = scores.view(segments, kv_heads, -1, queries, keys.shape[2])
     if softcap > 0:
         scores = (scores / softcap).tanh() * softcap
     key = torch.arange(keys.shape[2], device=q.device)
@@ -131,4 +132,5 @@ def _attend(
         seen &= key > position - window
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     mixed = scores.softmax(-1).flatten(2, 3) @ values
-    return mixed.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    by_row = mixed.view(segments, heads, queries, dim)
+    return by_row.transpose(1, 2)

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Literal, TypedDict, final
+from typing import Literal, TypedDict, final, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,6 +138,7 @@ class Event:
     @property
     def overshoot(self) -> int: ...
 
+@type_check_only
 class SequenceTokens(TypedDict):
     """All that follows the prompt, one entry a token; bans are (position, id) pairs."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,6 +29,7 @@ MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
 LEXEME = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+|[-+*/()])")
 STEP = re.compile(r"([a-z]|\d+)([-+*/])([a-z]|\d+)")
 SAMPLING_ATTEMPTS = 64
+NEARNESS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,13 +269,14 @@ def keyed_generator(seed: int, index: int) -> np.random.Generator:
 def resample(chain: Chain, rng: np.random.Generator, *, max_value: int) -> Chain | None:
     """Return the chain with new literals: the same operations and links, values in 1..max_value.
 
-    Literals are log-uniform in the range that keeps the step's result within the limits, so that
-    small numbers are as common as in the source. None if no try of 64 succeeded.
+    A literal is log-uniform between a third and three times the old one, among those that keep the
+    step's result within the limits. None if no try of 64 succeeded.
     """
     for _ in range(SAMPLING_ATTEMPTS):
         steps: list[Step] = []
         for old in chain.steps:
-            step = draw_step(old.op, old.left_ref, old.right_ref, steps, rng, max_value=max_value)
+            refs = old.left_ref, old.right_ref
+            step = draw_step(old.op, *refs, steps, rng, max_value=max_value, like=old)
             if step is None:
                 break
             steps.append(step)
@@ -291,14 +293,18 @@ def draw_step(
     rng: np.random.Generator,
     *,
     max_value: int,
+    like: Step | None = None,
 ) -> Step | None:
-    """Return a step `op` on the given earlier results and drawn literals; None if none fits."""
+    """Return a step `op` on the given earlier results and drawn literals; None if none fits.
+
+    Literals are log-uniform, and of the size of those of `like`, where it is given.
+    """
     left = None if left_ref is None else steps[left_ref].result
     right = None if right_ref is None else steps[right_ref].result
     if left is None:
-        left = _draw(rng, _lefts(op, right, max_value))
+        left = _draw(rng, _lefts(op, right, max_value), like and like.left)
     if right is None and left is not None:
-        right = _draw(rng, _rights(op, left, max_value))
+        right = _draw(rng, _rights(op, left, max_value), like and like.right)
     if left is None or right is None or not _fits(op, left, right, max_value):
         return None
     return Step(left=left, op=op, right=right, left_ref=left_ref, right_ref=right_ref)
@@ -336,11 +342,17 @@ def _rights(op: str, left: int, limit: int) -> _Allowed:
     return _Allowed.log_uniform([v for v in range(lowest, limit + 1) if _fits(op, left, v, limit)])
 
 
-def _draw(rng: np.random.Generator, allowed: _Allowed) -> int | None:
-    if not allowed.numbers:
+def _draw(rng: np.random.Generator, allowed: _Allowed, near: int | None) -> int | None:
+    """Return an allowed number, within a factor of 3 of `near`; None if there is none."""
+    start, stop = 0, len(allowed.numbers)
+    if near is not None:
+        start = bisect_left(allowed.numbers, near / NEARNESS)
+        stop = bisect_right(allowed.numbers, near * NEARNESS)
+    if start >= stop:
         return None
-    point = rng.random() * allowed.cumulative[-1]
-    return allowed.numbers[bisect_right(allowed.cumulative, point)]
+    low = allowed.cumulative[start - 1] if start else 0.0
+    point = low + rng.random() * (allowed.cumulative[stop - 1] - low)
+    return allowed.numbers[min(bisect_right(allowed.cumulative, point, start, stop), stop - 1)]
 
 
 def iter_rows(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import TypedDict
 from eapo_fast.demo.chains import LETTERS, Chain, Split, keyed_generator, load_chains, resample
 from eapo_fast.errors import DataError
 
-MAX_VALUE = 200
+MAX_VALUE = 150
 """Largest operand or result: one-step sums and products up to here fit a 0.8 M-parameter model."""
 STEPS = (4, 8)
 """Fewest and most steps of a problem, both included."""

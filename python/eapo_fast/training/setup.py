@@ -26,8 +26,15 @@ def load_model(model: str | Path | PreTrainedModel, args: EAPOConfig) -> PreTrai
     if args.disable_dropout:
         _disable_dropout(loaded)
     if args.gradient_checkpointing:
-        loaded.gradient_checkpointing_enable()
+        enable_checkpointing(loaded)
     return loaded
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in backward (transformers renames the switch in version 6)."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def load_tokenizer(processing_class: Any | None, model: PreTrainedModel) -> Any:
