@@ -49,7 +49,7 @@ test: setup-test test-cpp test-python
 test-cpp:
 	@PYTHON='$(PYTHON)' .ci/tools
 	cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEAPO_FAST_PYTHON=OFF \
-	  -DEAPO_FAST_TESTS=ON -DEAPO_FAST_SANITIZE=address,undefined
+	  -DEAPO_FAST_TESTS=ON
 	unset MAKEFLAGS MFLAGS MAKELEVEL; cmake --build build/sanitize --parallel
 	ctest --test-dir build/sanitize --output-on-failure
 

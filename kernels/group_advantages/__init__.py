@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from eapo_fast.errors import suggest
 from eapo_fast.kernels.backend import choose_backend
 from eapo_fast.kernels.checks import FLAGS, FLOATS, INTEGERS, check_tensor, compute_dtype
 from eapo_fast.kernels.group_advantages import reference
-from eapo_fast.kernels.native import cpu_refusal
+from eapo_fast.kernels.native import cpu_refusal, cuda_refusal, triton_refusal
 from eapo_fast.recipes.recipe import CENTERS, SCALES
 
 __all__ = ["group_advantages"]
@@ -40,17 +43,22 @@ def group_advantages(
         eps: added to the standard deviation.
         ddof: the variance divides by n - ddof; 0 or 1.
         valid: [S] flags; a rollout that is not valid gets 0 and enters no statistic.
-        backend: "auto" (cpu for float32 on the CPU), "reference" or "cpu".
+        backend: "auto" (cpu for float32 on the CPU, else reference), "reference", "cpu", "cuda" or
+            "triton"; the last two run when they are named.
 
     A group of one has center 0 and std 1; a constant group gives exactly 0. Raises `ValueError`
     for arguments that do not fit and for a backend that cannot run here.
     """
     _check(rewards, group_ids, center, scale, lengths, eps, ddof, valid)
     rewards = rewards.detach().to(compute_dtype(rewards.dtype))
-    run = {"cpu": _cpu, "reference": reference.group_advantages}[
-        choose_backend("group_advantages", backend, {"cpu": cpu_refusal}, rewards)
-    ]
-    return run(
+    chosen = choose_backend(
+        "group_advantages",
+        backend,
+        {"cpu": cpu_refusal},
+        rewards,
+        on_request={"cuda": cuda_refusal, "triton": triton_refusal},
+    )
+    return _implementation(chosen)(
         rewards,
         group_ids.long(),
         center=center,
@@ -62,7 +70,22 @@ def group_advantages(
     )
 
 
-def _cpu(
+def _implementation(backend: str) -> Callable[..., Tensor]:
+    if backend == "triton":
+        from eapo_fast.kernels.group_advantages import triton_kernel
+
+        return triton_kernel.group_advantages
+    if backend == "cuda":
+        from eapo_fast import _cuda
+
+        return partial(_compiled, _cuda.group_advantages)
+    if backend == "cpu":
+        return partial(_compiled, _core.group_advantages)
+    return reference.group_advantages
+
+
+def _compiled(
+    kernel: Callable[..., None],
     rewards: Tensor,
     group_ids: Tensor,
     *,
@@ -74,7 +97,7 @@ def _cpu(
     valid: Tensor | None,
 ) -> Tensor:
     out = torch.empty_like(rewards, memory_format=torch.contiguous_format)
-    _core.group_advantages(
+    kernel(
         rewards.contiguous(),
         group_ids.contiguous(),
         center,

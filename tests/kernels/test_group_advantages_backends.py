@@ -14,15 +14,17 @@ from advantage_cases import cases
 
 from eapo_fast import _core
 from eapo_fast.kernels.group_advantages import reference
+from eapo_fast.ops import group_advantages
 
 INTERPRETED = """
 from itertools import islice
 import torch
 from advantage_cases import cases
-from eapo_fast.kernels.group_advantages import reference, triton_kernel
+from eapo_fast.kernels.group_advantages import reference
+from eapo_fast.ops import group_advantages
 for rewards, groups, options in islice(cases(), 0, None, 5):
     want = reference.group_advantages(rewards.double(), groups, **options)
-    got = triton_kernel.group_advantages(rewards, groups, **options)
+    got = group_advantages(rewards, groups, **options, backend="triton")
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 print("agreed")
 """
@@ -54,6 +56,14 @@ def test_triton_kernel_under_the_interpreter() -> None:
         check=False,
     )
     assert result.stdout.strip() == "agreed", result.stderr[-3000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_backend_that_cannot_run_says_why(backend: str) -> None:
+    rewards, groups = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"tensors are on cpu|not built|not installed"):
+        group_advantages(rewards, groups, backend=backend)
 
 
 def test_bad_choices_are_named() -> None:

@@ -13,12 +13,19 @@ Refusal = Callable[..., str | None]
 """Takes the op's deciding tensors; returns why the backend cannot run them, or None."""
 
 
-def choose_backend(op: str, backend: str, refusals: Mapping[str, Refusal], *tensors: Any) -> str:
+def choose_backend(
+    op: str,
+    backend: str,
+    refusals: Mapping[str, Refusal],
+    *tensors: Any,
+    on_request: Mapping[str, Refusal] | None = None,
+) -> str:
     """Return the name of the backend to use for `tensors`.
 
     `refusals` lists what the op has, fastest first; "reference", which refuses nothing, may be left
-    out. "auto" takes the first that does not refuse. Raises `ValueError` for an unknown name, for
-    a backend the op does not have, and, with the reason, for one that cannot run here.
+    out. "auto" takes the first that does not refuse; those in `on_request`, which have not been
+    proven on their device, run only when they are named. Raises `ValueError` for an unknown name,
+    for a backend the op does not have, and, with the reason, for one that cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(
@@ -29,6 +36,7 @@ def choose_backend(op: str, backend: str, refusals: Mapping[str, Refusal], *tens
         return backend
     if backend == "auto":
         return next((b for b in refusals if refusals[b](*tensors) is None), "reference")
+    refusals = {**refusals, **(on_request or {})}
     if backend not in refusals:
         has = ", ".join(("auto", *refusals, "reference"))
         raise ValueError(f"backend: {op} has no {backend!r} implementation; it has {has}")
