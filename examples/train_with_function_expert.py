@@ -1,6 +1,6 @@
 """The Python way: your own reward and your own expert, in one screen.
 
-    python examples/train_with_function_expert.py path/to/model path/to/problems.jsonl
+python examples/train_with_function_expert.py path/to/model path/to/problems.jsonl
 """
 
 from __future__ import annotations

@@ -302,9 +302,9 @@ def draw_step(
     left = None if left_ref is None else steps[left_ref].result
     right = None if right_ref is None else steps[right_ref].result
     if left is None:
-        left = _draw(rng, _lefts(op, right, max_value), like and like.left)
+        left = _draw(rng, _lefts(op, right, max_value), like.left if like else None)
     if right is None and left is not None:
-        right = _draw(rng, _rights(op, left, max_value), like and like.right)
+        right = _draw(rng, _rights(op, left, max_value), like.right if like else None)
     if left is None or right is None or not _fits(op, left, right, max_value):
         return None
     return Step(left=left, op=op, right=right, left_ref=left_ref, right_ref=right_ref)

