@@ -8,26 +8,20 @@ It runs the same `Trainer` as any real model; only model, problems and settings 
 from __future__ import annotations
 
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from eapo_fast.config import EAPOConfig
-from eapo_fast.demo import settings
+from eapo_fast.demo import POLICY, settings
 from eapo_fast.demo.problems import build_dataset
 from eapo_fast.experts import Calculator
 from eapo_fast.rollout import ConsultProtocol
 
 
-def policy_dir() -> Path:
-    """Return the folder of the shipped policy checkpoint."""
-    return Path(str(files("eapo_fast.demo") / "policy"))
-
-
 def demo_config(
     *, steps: int | None = None, seed: int | None = None, output_dir: str | Path = "runs/demo"
 ) -> EAPOConfig:
-    """Return the demo's settings; a shorter run evaluates at its start and end only."""
+    """Return the demo's settings, with another number of steps, seed or folder."""
     config = EAPOConfig(**settings.CONFIG, output_dir=str(output_dir))
     if seed is not None:
         config = config.replace(seed=seed)
@@ -44,7 +38,7 @@ def build_demo_trainer(
 
     size = settings.EVAL_SIZE if eval_size is None else eval_size
     return Trainer(
-        str(policy_dir()),
+        str(POLICY),
         ["exact"],
         config,
         build_dataset("train", settings.TRAIN_SIZE, config.seed, steps=settings.TRAIN_STEPS),
