@@ -42,17 +42,26 @@ _current: PagedStep | None = None
 
 
 @contextmanager
-def paged_forward(model: PreTrainedModel, step: PagedStep) -> Iterator[None]:
-    """Run the model's forward on a paged step; its own attention is back afterwards."""
-    global _current
+def attention_as(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run the model with another registered attention function; its own is back afterwards."""
     config = model.config.get_text_config()
-    before, outer = config._attn_implementation, _current
-    config._attn_implementation = NAME
-    _current = step
+    before = config._attn_implementation
+    config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = before
+
+
+@contextmanager
+def paged_forward(model: PreTrainedModel, step: PagedStep) -> Iterator[None]:
+    """Run the model's forward on a paged step; its own attention is back afterwards."""
+    global _current
+    outer, _current = _current, step
+    try:
+        with attention_as(model, NAME):
+            yield
+    finally:
         _current = outer
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from eapo_fast.engine.attention import attention_as
 from eapo_fast.errors import ModelError
 
 NAME = "eapo_varlen"
@@ -39,14 +40,11 @@ _current: PackedRow | None = None
 def varlen_attention(model: PreTrainedModel, row: PackedRow) -> Iterator[None]:
     """Use varlen attention in forward and backward (checkpointed layers run again there)."""
     global _current
-    config = model.config.get_text_config()
-    before, outer = config._attn_implementation, _current
-    config._attn_implementation = NAME
-    _current = row
+    outer, _current = _current, row
     try:
-        yield
+        with attention_as(model, NAME):
+            yield
     finally:
-        config._attn_implementation = before
         _current = outer
 
 
