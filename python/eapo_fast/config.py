@@ -69,6 +69,11 @@ _FOREIGN: dict[str, tuple[Any, str]] = {
     "repetition_penalty": (1.0, "it would change the sampled distribution; remove it"),
     "fp16": (False, "float16 needs loss scaling; use bf16=True or float32"),
     "remove_unused_columns": (False, "reward functions need the columns; remove it"),
+    "sync_ref_model": (False, "the reference stays fixed; remove it"),
+    "top_entropy_quantile": (1.0, "no recipe here trains on a share of the tokens; remove it"),
+    "generation_kwargs": (None, "temperature, top_p, top_k and min_p are fields of their own"),
+    "max_tool_calling_iterations": (None, "max_turns is the limit on consults"),
+    "dataloader_num_workers": (0, "prompts are tokenised once, before step 1; remove it"),
     "push_to_hub": (False, "call trainer.save_model(dir) and upload the folder"),
 }
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from eapo_fast.kernels.group_advantages import group_advantages
 from eapo_fast.kernels.linear_policy_loss import linear_policy_loss
 from eapo_fast.kernels.linear_token_stats import TokenStats, linear_token_stats
+from eapo_fast.kernels.paged_attention import paged_attention
 from eapo_fast.kernels.policy_loss import LossOutput, PolicyBatch, policy_loss
+from eapo_fast.kernels.sample import sample
 
 __all__ = [
     "LossOutput",
@@ -18,5 +20,7 @@ __all__ = [
     "group_advantages",
     "linear_policy_loss",
     "linear_token_stats",
+    "paged_attention",
     "policy_loss",
+    "sample",
 ]

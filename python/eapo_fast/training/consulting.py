@@ -56,6 +56,8 @@ class ConsultCounts:
         self.by_status.update(statuses)
         asked = sum(statuses.values())
         accepted = sum(n for s, n in statuses.items() if s in ("ok", "cached"))
+        blocks = len({(i, q.turn) for i, r in enumerate(rollouts) for q in r.requests})
+        reply_tokens = sum(len(r.ids(("expert",))) for r in rollouts)
         metrics = {
             "expert/consult_rate": asked / len(rollouts),
             "expert/acceptance": rho,
@@ -64,6 +66,9 @@ class ConsultCounts:
             "expert/accepted": float(accepted),
             "expert/accepted_share": accepted / asked if asked else 0.0,
             "expert/saved_by_gate": float(statuses["declined"]),
+            "expert/turns": sum(r.num_turns for r in rollouts) / len(rollouts),
+            "expert/queries_per_block": asked / blocks if blocks else 0.0,
+            "expert/reply_tokens": reply_tokens / accepted if accepted else 0.0,
         }
         return metrics | {f"expert/{s}": float(statuses[s]) for s in STATUSES if statuses[s]}
 
