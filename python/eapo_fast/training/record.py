@@ -68,6 +68,7 @@ class RunRecord:
     ) -> None:
         self.view.__exit__(kind, error, trace)
         self.metrics.close()
+        self._trainer.scorer.close()
         if self._scheduler_scope is not None:
             self._scheduler_scope.__exit__(kind, error, trace)
 

@@ -67,10 +67,12 @@ class Scorer:
         self.vocabulary = vocabulary
         self.trainer_state = trainer_state
         self.metrics: defaultdict[str, list[float]] = defaultdict(list)
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eapo-reward")
+        self._pool: ThreadPoolExecutor | None = None
 
     def submit(self, group: Sequence[Rollout], row: Mapping[str, Any]) -> Future[list[Score]]:
         """Score a complete prompt group in the background."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eapo-reward")
         return self._pool.submit(self.score, group, row)
 
     def score(self, group: Sequence[Rollout], row: Mapping[str, Any]) -> list[Score]:
@@ -97,8 +99,10 @@ class Scorer:
         ]
 
     def close(self) -> None:
-        """End the background thread."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the background thread; `submit` starts another."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
     def _keywords(
         self, group: Sequence[Rollout], row: Mapping[str, Any], texts: list[str], finals: list[str]
