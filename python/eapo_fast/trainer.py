@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,13 @@ from eapo_fast.training.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from eapo_fast.training.consulting import ConsultCounts, build_scheduler, turns_at
+from eapo_fast.training.consulting import (
+    ConsultCounts,
+    accuracy_by_help,
+    build_scheduler,
+    consult_metrics,
+    turns_at,
+)
 from eapo_fast.training.generation import Generation, autocast, generate, generation_metrics
 from eapo_fast.training.optimizer import learning_rate
 from eapo_fast.training.progress import Means, Phases
@@ -329,10 +336,12 @@ class Trainer:
         metrics = generation_metrics(generation, self.args.num_generations)
         if self.scheduler is not None:
             rho = self.scheduler.acceptance(step)
-            metrics |= self.counts.add(generation.rollouts, rho, max_turns)
+            metrics |= consult_metrics(generation.rollouts, rho, max_turns)
             accuracies = [s.accuracy for s in generation.scores]
-            metrics |= self.counts.accuracy_by_help(generation.rollouts, accuracies)
-            metrics |= self.scheduler.drain_metrics()
+            metrics |= accuracy_by_help(generation.rollouts, accuracies)
+            drained = self.scheduler.drain_metrics()
+            self.counts.take(drained)
+            metrics |= drained
         tokens = sum(len(r.token_ids) + len(r.prompt_ids) for r in generation.rollouts)
         self._tokens += tokens
         metrics |= {"num_tokens": float(self._tokens)}
@@ -396,7 +405,7 @@ class Trainer:
             "tokens": self._tokens,
             "prompt_sampler": self.prompt_sampler.state_dict(),
             "consults": self.scheduler.state_dict() if self.scheduler else None,
-            "consult_counts": dict(self.counts.by_status),
+            "consult_counts": dict(self.counts.totals),
             "torch_rng": torch.get_rng_state().tolist(),
             "config": self.args.to_dict(),
         }
@@ -413,7 +422,7 @@ class Trainer:
         self.state.max_steps = total
         self._tokens = saved["tokens"]
         self.prompt_sampler.load_state_dict(saved["prompt_sampler"])
-        self.counts.by_status.update(saved["consult_counts"])
+        self.counts.totals = Counter(saved["consult_counts"])
         if self.scheduler is not None and saved["consults"] is not None:
             self.scheduler.load_state_dict(saved["consults"])
         torch.set_rng_state(torch.tensor(saved["torch_rng"], dtype=torch.uint8))

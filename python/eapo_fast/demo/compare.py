@@ -9,6 +9,7 @@ has probability 0 in sampling and in the loss.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eapo_fast.config import EAPOConfig
+from eapo_fast.demo import POLICY
 from eapo_fast.reporting.metrics import read_jsonl
 
 SIDES = {"eapo": "EAPO", "alone": "no expert"}
 _MARKS = 6
+_MARK = "compared"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +68,10 @@ def run(side: str, seed: int, steps: int | None, out: Path) -> Curve:
     folder = out / f"{side}-{seed}"
     config = demo_config(steps=steps, seed=seed, output_dir=folder)
     config = config.replace(run_name=f"{SIDES[side]}, seed {seed}")
-    if not _complete(folder, config.max_steps):
+    mark = _fingerprint(config)
+    if not _complete(folder, mark):
         build_demo_trainer(config, expert=side == "eapo").train()
+        (folder / _MARK).write_text(mark)
     return read_curve(folder)
 
 
@@ -114,9 +120,16 @@ def write(
     return page
 
 
-def _complete(folder: Path, steps: int) -> bool:
-    summary = folder / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text())["steps"] == steps
+def _fingerprint(config: EAPOConfig) -> str:
+    """Digest of settings and policy weights: a finished run counts only if both are the same."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    digest.update((POLICY / "model.safetensors").read_bytes())
+    return digest.hexdigest()
+
+
+def _complete(folder: Path, mark: str) -> bool:
+    path = folder / _MARK
+    return path.is_file() and path.read_text() == mark
 
 
 def _conditions(out: Path, seeds: Sequence[int]) -> dict[str, Any]:

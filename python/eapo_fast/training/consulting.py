@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from eapo_fast.config import EAPOConfig
 from eapo_fast.experts import STATUSES, ConsultPolicy, ConsultScheduler, Expert, Recorded
 from eapo_fast.rollout import Rollout
+
+_COUNTED = ("asked", "sent", "merged", "saved_by_gate", *STATUSES)
 
 
 def consult_policy(args: EAPOConfig, total_steps: int) -> ConsultPolicy:
@@ -46,54 +48,54 @@ def turns_at(step: int, args: EAPOConfig, total_steps: int) -> int:
 
 @dataclass(slots=True)
 class ConsultCounts:
-    """What the consults of a run came to."""
+    """What the consults of a run came to, by the scheduler's own counters."""
 
-    by_status: Counter[str] = field(default_factory=Counter)
+    totals: Counter[str] = field(default_factory=Counter)
 
-    def add(self, rollouts: Sequence[Rollout], rho: float, max_turns: int) -> dict[str, float]:
-        """Count a generation's consults; returns its `expert/*` metrics."""
-        statuses = Counter(r.status for rollout in rollouts for r in rollout.consults)
-        self.by_status.update(statuses)
-        asked = sum(statuses.values())
-        accepted = sum(n for s, n in statuses.items() if s in ("ok", "cached"))
-        blocks = len({(i, q.turn) for i, r in enumerate(rollouts) for q in r.requests})
-        reply_tokens = sum(len(r.ids(("expert",))) for r in rollouts)
-        metrics = {
-            "expert/consult_rate": asked / len(rollouts),
-            "expert/acceptance": rho,
-            "expert/max_turns": float(max_turns),
-            "expert/asked": float(asked),
-            "expert/accepted": float(accepted),
-            "expert/accepted_share": accepted / asked if asked else 0.0,
-            "expert/saved_by_gate": float(statuses["declined"]),
-            "expert/turns": sum(r.num_turns for r in rollouts) / len(rollouts),
-            "expert/queries_per_block": asked / blocks if blocks else 0.0,
-            "expert/reply_tokens": reply_tokens / accepted if accepted else 0.0,
-        }
-        return metrics | {f"expert/{s}": float(statuses[s]) for s in STATUSES if statuses[s]}
+    def take(self, drained: Mapping[str, float]) -> None:
+        """Add the scheduler's counters since the last drain."""
+        for name in _COUNTED:
+            self.totals[name] += int(drained[f"expert/{name}"])
 
     def summary(self) -> dict[str, Any]:
-        """Return totals for the run's summary."""
-        asked = sum(self.by_status.values())
-        accepted = self.by_status["ok"] + self.by_status["cached"]
-        declined = self.by_status["declined"]
+        """Return totals for the run's summary; `sent` are the calls that reached the expert."""
+        totals = self.totals
         return {
-            "asked": asked,
-            "sent": asked - declined,
-            "accepted": accepted,
-            "saved_by_gate": declined,
-            "by_status": dict(self.by_status),
+            "asked": totals["asked"],
+            "sent": totals["sent"],
+            "merged": totals["merged"],
+            "accepted": totals["ok"] + totals["cached"],
+            "saved_by_gate": totals["saved_by_gate"],
+            "by_status": {s: totals[s] for s in STATUSES if totals[s]},
         }
 
-    def accuracy_by_help(
-        self, rollouts: Sequence[Rollout], accuracies: Sequence[float | None]
-    ) -> dict[str, float]:
-        """Return accuracy of rollouts that were assisted, refused, or never asked."""
-        kinds: dict[str, list[float]] = {"assisted": [], "refused": [], "alone": []}
-        for rollout, accuracy in zip(rollouts, accuracies, strict=True):
-            if accuracy is None:
-                continue
-            helped = any(r.accepted for r in rollout.consults)
-            kind = "assisted" if helped else "refused" if rollout.consults else "alone"
-            kinds[kind].append(accuracy)
-        return {f"expert/accuracy_{k}": sum(v) / len(v) for k, v in kinds.items() if v}
+
+def consult_metrics(rollouts: Sequence[Rollout], rho: float, max_turns: int) -> dict[str, float]:
+    """Return the `expert/*` metrics of a generation that the rollouts tell."""
+    results = [r for rollout in rollouts for r in rollout.consults]
+    accepted = sum(r.accepted for r in results)
+    blocks = len({(i, q.turn) for i, r in enumerate(rollouts) for q in r.requests})
+    reply_tokens = sum(len(r.ids(("expert",))) for r in rollouts)
+    return {
+        "expert/consult_rate": len(results) / len(rollouts),
+        "expert/acceptance": rho,
+        "expert/max_turns": float(max_turns),
+        "expert/accepted": float(accepted),
+        "expert/turns": sum(r.num_turns for r in rollouts) / len(rollouts),
+        "expert/queries_per_block": len(results) / blocks if blocks else 0.0,
+        "expert/reply_tokens": reply_tokens / accepted if accepted else 0.0,
+    }
+
+
+def accuracy_by_help(
+    rollouts: Sequence[Rollout], accuracies: Sequence[float | None]
+) -> dict[str, float]:
+    """Return accuracy of rollouts that were assisted, refused, or never asked."""
+    kinds: dict[str, list[float]] = {"assisted": [], "refused": [], "alone": []}
+    for rollout, accuracy in zip(rollouts, accuracies, strict=True):
+        if accuracy is None:
+            continue
+        helped = any(r.accepted for r in rollout.consults)
+        kind = "assisted" if helped else "refused" if rollout.consults else "alone"
+        kinds[kind].append(accuracy)
+    return {f"expert/accuracy_{k}": sum(v) / len(v) for k, v in kinds.items() if v}
