@@ -80,7 +80,7 @@ def test_config_refuses_foreign_settings_with_a_reason() -> None:
     ("settings", "words"),
     [
         ({"top_p": 1.5}, "top_p: got 1.5"),
-        ({"num_generations": 1}, "num_generations: got 1, allowed is 2 or more"),
+        ({"num_generations": 1}, "num_generations: got 1, allowed is a number, 2 or more"),
         ({"consult_schedule": "invers"}, "Did you mean 'inverse'"),
         ({"max_steps": 0}, "max_steps: got 0"),
         ({"temperature": 0.0}, "temperature"),

@@ -277,8 +277,8 @@ class EAPOConfig:
             _check_choice(name, getattr(self, name), allowed)
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ConfigError(f"{name}: got {value!r}, allowed is {least:g} or more")
+            if value is not None and not (isinstance(value, (int, float)) and value >= least):
+                raise ConfigError(f"{name}: got {value!r}, allowed is a number, {least:g} or more")
         for name in _UNIT_INTERVAL:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:

@@ -116,7 +116,12 @@ def evaluate_model(
         rows, tokenizer, system=protocol.instructions() if expert is not None else None
     )
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, n=n, seed=seed
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        n=n,
+        seed=seed,
+        stop_token_ids=(tokenizer.eos_token_id,),
     )
     scorer = Scorer(["accuracy"], None, sampler.vocabulary)
     if expert is None:

@@ -54,7 +54,13 @@ from eapo_fast.training.consulting import (
     consult_metrics,
     turns_at,
 )
-from eapo_fast.training.generation import Generation, autocast, generate, generation_metrics
+from eapo_fast.training.generation import (
+    Generation,
+    autocast,
+    generate,
+    generation_metrics,
+    train_params,
+)
 from eapo_fast.training.optimizer import learning_rate
 from eapo_fast.training.progress import Means, Phases
 from eapo_fast.training.recipe import resolve_recipe
@@ -85,8 +91,9 @@ class Trainer:
         optimizers: TRL's name; only (None, None): the optimizer is AdamW.
         peft_config: a PEFT config: train an adapter.
         expert: who answers consults; None: plain reinforcement learning.
-        protocol: how consults are written; None: the default when there is an expert. With a
-            protocol and no expert the opening tag is banned in sampling and in the loss.
+        protocol: how consults are written (its limits come from `args`); None: the default when
+            there is an expert. With a protocol and no expert the opening tag is banned in sampling
+            and in the loss.
 
     Raises:
         ConfigError, DataError, ModelError: before anything is trained, naming field and remedy.
@@ -114,18 +121,19 @@ class Trainer:
         functions = reward_list(reward_funcs)
         self.train_rows = load_rows(train_dataset, "train_dataset", functions)
         self.eval_rows = load_rows(eval_dataset, "eval_dataset", functions)
-        self.model = with_adapter(load_model(model, self.args), peft_config)
+        self.model = with_adapter(load_model(model, self.args), peft_config, self.args)
         self.args = for_device(self.args, self.model.device)
         self.processing_class = load_tokenizer(processing_class, self.model)
         self.output_dir = output_folder(self.args, self.model)
         self.callbacks = list(callbacks or ())
+        self._build_sampler(expert, protocol)
+        self._encode()
         self.state = TrainerState(max_steps=self._total_steps())
         self.control = TrainerControl()
-        self._build_engine(expert, protocol)
+        self.scheduler = self._new_scheduler()
         self.scorer = Scorer(
             functions, self.args.reward_weights, self.sampler.vocabulary, self.state  # type: ignore[arg-type]
         )  # fmt: skip
-        self._encode()
         rate = learning_rate(self.args, self.state.max_steps)
         self.updater = Updater(self.model, self.args, self.recipe, rate)
         self.phases, self.counts, self._means = Phases(), ConsultCounts(), Means()
@@ -140,25 +148,42 @@ class Trainer:
         Returns:
             `TrainOutput(global_step, training_loss, metrics)`; the last metrics are those of the
             run's summary.
+
+        Raises:
+            ConfigError: nothing to train on, no checkpoint to resume, or a trainer that has trained
+                already (it would overwrite its own results).
         """
         if self.train_rows is None:
             raise ConfigError("train_dataset: none was given, so there is nothing to train on")
+        if self.state.global_step and not resume_from_checkpoint:
+            raise ConfigError(
+                f"train() was called at step {self.state.global_step}: continue with "
+                f"resume_from_checkpoint=True, or make a new Trainer"
+            )
         seed_everything(self.args)
+        self.control.should_training_stop = False
+        self.scheduler = self.scheduler or self._new_scheduler()
         resumed = self._resume(resume_from_checkpoint)
         self._record = RunRecord(self, resumed)
-        started = time.perf_counter()
-        with self._record:
-            self._warn_about_expert()
-            self._call("on_train_begin")
-            if self.args.eval_on_start and not resumed and self.eval_rows:
-                self._evaluate_and_log()
-            while self.state.global_step < self.state.max_steps and not self._stopped():
-                self._cycle()
-            self._call("on_train_end")
-            self.phases.total["total"] = time.perf_counter() - started
-            summary = self._record.finish()
-        self.scheduler = self._new_scheduler()
+        try:
+            with self._record:
+                summary = self._run(resumed)
+        finally:
+            self.scheduler = None
         return TrainOutput(self.state.global_step, self._record.mean_loss(), summary)
+
+    def _run(self, resumed: bool) -> dict[str, Any]:
+        started = time.perf_counter() - self.phases.total["total"]
+        self._warn_about_expert()
+        self._call("on_train_begin")
+        if self.args.eval_on_start and not resumed and self.eval_rows:
+            self._evaluate_and_log()
+        while self.state.global_step < self.state.max_steps and not self._stopped():
+            self._cycle()
+            self.phases.total["total"] = time.perf_counter() - started
+        self._call("on_train_end")
+        self.phases.total["total"] = time.perf_counter() - started
+        return self._record.finish()
 
     def evaluate(self, *, assisted: bool = False) -> dict[str, float]:
         """Evaluate on `eval_dataset`: alone, or with consults that are always accepted.
@@ -174,13 +199,15 @@ class Trainer:
             raise ConfigError("eval_dataset: none was given, so there is nothing to evaluate on")
         if assisted and self.expert is None:
             raise ConfigError("assisted evaluation needs an expert: Trainer(..., expert=...)")
-        prompts = self._train_style_eval_prompts() if assisted else self.eval_prompts
         with self.phases.measure("evaluation"), autocast(self.args, self.model.device):
             if not assisted:
-                return self._evaluate(prompts, None)
-            always = self.args.replace(consult_schedule="constant", expert_record=None)
+                return self._evaluate(self.eval_rows, self.eval_prompts, None)
+            rows, prompts = self._encoded(self.eval_rows, self._consult_text)
+            always = self.args.replace(
+                consult_schedule="constant", expert_record=None, expert_replay=None
+            )
             with build_scheduler(self.expert, always, self.state.max_steps) as scheduler:  # type: ignore[arg-type]
-                return self._evaluate(prompts, scheduler)
+                return self._evaluate(rows, prompts, scheduler)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write model and tokenizer in the transformers layout; None: `<output_dir>/final`."""
@@ -210,11 +237,14 @@ class Trainer:
             "output_dir": str(self.output_dir),
         }
 
-    def _build_engine(self, expert: Expert | None, protocol: ConsultProtocol | None) -> None:
+    def _build_sampler(self, expert: Expert | None, protocol: ConsultProtocol | None) -> None:
         args = self.args
         self.expert = expert
         if expert is not None and protocol is None:
-            protocol = ConsultProtocol(max_queries=args.max_queries_per_turn)
+            protocol = ConsultProtocol()
+        if protocol is not None:
+            limits = {"max_turns": args.max_turns, "max_queries": args.max_queries_per_turn}
+            protocol = dataclasses.replace(protocol, **limits)  # type: ignore[arg-type]
         self.protocol = protocol
         default_block = 64 if self.model.device.type == "cuda" else 16
         config = SamplerConfig(
@@ -224,7 +254,8 @@ class Trainer:
         self.sampler = Sampler(self.model, self.processing_class, config)
         for tag in protocol.tags if protocol else ():
             self.sampler.vocabulary.check_tag(tag)  # type: ignore[union-attr]
-        self.scheduler = self._new_scheduler()
+        self.train_params = train_params(args, self.processing_class)
+        self.eval_params = eval_params(args, self.processing_class)
 
     def _new_scheduler(self) -> ConsultScheduler | None:
         if self.expert is None:
@@ -259,10 +290,6 @@ class Trainer:
         limit = self.args.max_prompt_length or self.sampler.max_context - 1
         return drop_long_prompts(rows, prompts, limit)
 
-    def _train_style_eval_prompts(self) -> list[list[int]]:
-        assert self.eval_rows is not None
-        return self._encoded(self.eval_rows, self._consult_text)[1]
-
     def _system_with_consults(self) -> str | None:
         args = self.args
         if self.expert is None or self.protocol is None:
@@ -289,6 +316,7 @@ class Trainer:
             self.prompt_sampler.next(),
             self.train_rows or [],
             self.train_prompts,
+            self.train_params,
             self.args,
             self.recipe,
             protocol=self.protocol.with_turns(max_turns) if self.protocol else None,
@@ -298,12 +326,17 @@ class Trainer:
         )
         shared = self._generation_metrics(generation, step, max_turns)
         shares = np.array_split(generation.kept(), self._slices())
-        for index in range(self.args.steps_per_cycle):
-            if self.state.global_step >= self.state.max_steps or self._stopped():
-                return
+        cycle = self.args.steps_per_cycle
+        for index in range(cycle):
+            if index:
+                self._call("on_step_begin")
             self._step(generation, shares[index % len(shares)].tolist(), shared)
             shared = {}
-        self._save_if_due(cycle_end=True)
+            done = self.state.global_step >= self.state.max_steps
+            if done or index == cycle - 1:
+                self._save_if_due()
+            if done or self._stopped():
+                return
 
     def _slices(self) -> int:
         return self.args.slices_per_generation // self.args.gradient_accumulation_steps
@@ -324,11 +357,13 @@ class Trainer:
         self._means.add({**shared, **update, "epoch": self.state.epoch})
         self._record.step(step, {**shared, **update}, generation if shared else None)
         self._call("on_step_end")
-        if step % self.args.logging_steps == 0 or step == self.state.max_steps:
+        last = step == self.state.max_steps
+        if step % self.args.logging_steps == 0 or last or self.control.should_log:
             self._log(self._means.drain())
-        due = step % self.args.eval_steps == 0 or step == self.state.max_steps
-        if self.args.eval_strategy == "steps" and self.eval_rows and due:
+        due = self.args.eval_strategy == "steps" and (step % self.args.eval_steps == 0 or last)
+        if self.eval_rows and (due or self.control.should_evaluate):
             self._evaluate_and_log()
+        self.control.should_log = self.control.should_evaluate = False
 
     def _generation_metrics(
         self, generation: Generation, step: int, max_turns: int
@@ -363,25 +398,27 @@ class Trainer:
         self._call("on_evaluate", metrics=metrics)
 
     def _evaluate(
-        self, prompts: Sequence[Sequence[int]], scheduler: ConsultScheduler | None
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Sequence[int]],
+        scheduler: ConsultScheduler | None,
     ) -> Evaluation:
-        assert self.eval_rows is not None
         return evaluate_rows(
             self.sampler,
             prompts,
-            self.eval_rows,
-            eval_params(self.args),
+            rows,
+            self.eval_params,
             self.scorer,
             protocol=self.protocol,
             scheduler=scheduler,
         )
 
-    def _save_if_due(self, *, cycle_end: bool) -> None:
+    def _save_if_due(self) -> None:
         """Checkpoint at the first cycle end on or after a multiple of `save_steps`."""
         args, step = self.args, self.state.global_step
-        if args.save_strategy == "no" or not cycle_end:
-            return
-        if step % args.save_steps < args.steps_per_cycle or step == self.state.max_steps:
+        regular = step % args.save_steps < args.steps_per_cycle or step == self.state.max_steps
+        if (args.save_strategy == "steps" and regular) or self.control.should_save:
+            self.control.should_save = False
             self.save_checkpoint()
 
     def save_checkpoint(self) -> Path:
@@ -406,6 +443,8 @@ class Trainer:
             "prompt_sampler": self.prompt_sampler.state_dict(),
             "consults": self.scheduler.state_dict() if self.scheduler else None,
             "consult_counts": dict(self.counts.totals),
+            "means": self._means.state_dict(),
+            "seconds": dict(self.phases.total),
             "torch_rng": torch.get_rng_state().tolist(),
             "config": self.args.to_dict(),
         }
@@ -423,6 +462,8 @@ class Trainer:
         self._tokens = saved["tokens"]
         self.prompt_sampler.load_state_dict(saved["prompt_sampler"])
         self.counts.totals = Counter(saved["consult_counts"])
+        self._means.load_state_dict(saved["means"])
+        self.phases.total.update(saved["seconds"])
         if self.scheduler is not None and saved["consults"] is not None:
             self.scheduler.load_state_dict(saved["consults"])
         torch.set_rng_state(torch.tensor(saved["torch_rng"], dtype=torch.uint8))

@@ -274,3 +274,36 @@ def test_segments_follow_the_mask() -> None:
         ("notice", 6, 7, 1),
         ("policy", 7, 8, 2),
     ]
+
+
+def test_long_replies_do_not_cut_a_lone_rollout_short(scripted: Callable[..., Sampler]) -> None:
+    expert = Function(lambda request: "word " * 50, immediate=True)
+    alone = scripted([ASK, "\\boxed{42}"], block_size=4)
+    rollout = collect(alone, expert, n=1, max_tokens=60)[0]
+    assert rollout.finish_reason == "stop"
+    assert rollout.num_turns == 2
+    together = scripted([ASK, "\\boxed{42}"], block_size=4)
+    other = collect(together, expert, n=5, max_tokens=60)[0]
+    assert other.token_ids.tolist() == rollout.token_ids.tolist()
+
+
+def test_replies_are_capped_in_tokens(scripted: Callable[..., Sampler]) -> None:
+    sampler = scripted([ASK, "ok"])
+    expert = Function(lambda request: "12345678" * 9, immediate=True)
+    rollout = collect(sampler, expert, policy=ConsultPolicy(max_reply_tokens=10))[0]
+    protocol = ConsultProtocol()
+    vocabulary = sampler.vocabulary
+    assert vocabulary is not None
+    tags = (*protocol.advice_tags, protocol.tags[6], protocol.answer_tags[1])
+    around = sum(len(vocabulary.encode(t)) for t in tags)
+    assert len(rollout.ids(("expert",))) <= around + 10
+
+
+def test_no_consult_is_bought_that_cannot_be_used(scripted: Callable[..., Sampler]) -> None:
+    calls: list[str] = []
+    expert = Function(lambda request: calls.append(request.query) or "42", immediate=True)
+    sampler = scripted([ASK, "never read"])
+    ask = len(sampler.vocabulary.encode(ASK))  # type: ignore[union-attr]
+    rollout = collect(sampler, expert, max_tokens=ask)[0]
+    assert rollout.finish_reason == "length"
+    assert not calls

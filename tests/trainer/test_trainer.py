@@ -293,3 +293,99 @@ def test_config_survives_json(tmp_path: Path) -> None:
 
 def test_all_errors_share_a_base() -> None:
     assert all(issubclass(e, EapoError) for e in (ConfigError, DataError, ModelError, RewardError))
+
+
+def test_rows_without_a_reward_are_data(train: Callable[..., Trainer]) -> None:
+    def some(completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:
+        return [None if int(answer[0]) % 4 else float(i) for i in range(len(completions))]
+
+    def none(completions: list[Any], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    train("some", reward_funcs=some).train()
+    trainer = train("none", reward_funcs=none)
+    trainer.train()
+    assert trainer.state.log_history[0]["skipped"] == 1.0
+
+
+def test_a_fresh_run_sets_old_checkpoints_aside(
+    train: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    train(settings={**changes, "max_steps": 3}).train()
+    train(settings={**changes, "max_steps": 2}).train()
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert (tmp_path / "run" / "checkpoints.old" / "checkpoint-3").is_dir()
+    assert not (tmp_path / "run" / "checkpoint-3").exists()
+
+
+def test_trainer_survives_an_interrupt_and_refuses_to_overwrite(
+    train: Callable[..., Trainer],
+) -> None:
+    class Interrupt:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2 and not hasattr(self, "done"):
+                self.done = True
+                raise KeyboardInterrupt
+
+    changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    trainer = train(settings=changes, expert=Calculator(), callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(ConfigError, match="resume_from_checkpoint"):
+        trainer.train()
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+
+
+def test_tokenizers_eos_ends_a_rollout(train: Callable[..., Trainer], make_model: Any) -> None:
+    model = make_model()
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    trainer = train(model=model)
+    assert trainer.train_params.stop_token_ids == (trainer.processing_class.eos_token_id,)
+    assert trainer.eval_params.stop_token_ids == (trainer.processing_class.eos_token_id,)
+
+
+def test_a_users_own_accuracy_needs_no_answer_column(train: Callable[..., Trainer]) -> None:
+    from functools import partial
+
+    def accuracy(completions: list[Any], target: list[str], **_: Any) -> list[float]:
+        return [float(t in c[0]["content"]) for c, t in zip(completions, target, strict=True)]
+
+    rows = [{"problem": f"Say {n}", "target": str(n)} for n in range(4)]
+    train(reward_funcs=[accuracy, partial(letters)], train_dataset=rows)
+
+
+def test_last_step_is_saved_in_the_middle_of_a_cycle(
+    train: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    changes = {"save_strategy": "steps", "steps_per_generation": 2, "max_steps": 3}
+    train(settings=changes).train()
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+def test_metrics_resume_inside_a_logging_window(
+    train: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    changes = {"max_steps": 6, "logging_steps": 4, "save_strategy": "steps", "save_steps": 3}
+
+    class Stop:
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = True
+
+    train("whole", settings=changes, expert=Calculator()).train()
+    train("halved", settings=changes, expert=Calculator(), callbacks=[Stop()]).train()
+    train("halved", settings=changes, expert=Calculator()).train(resume_from_checkpoint=True)
+    assert logged(tmp_path / "whole") == logged(tmp_path / "halved")
+
+
+def test_assisted_evaluation_drops_long_prompts_with_their_rows(
+    train: Callable[..., Trainer],
+) -> None:
+    rows = [{"problem": "What is it? " * n, "answer": "1"} for n in (1, 30, 2)]
+    trainer = train(
+        expert=Calculator(),
+        eval_dataset=rows,
+        reward_funcs="exact",
+        settings={"consult_prompt": "Ask. " * 40, "max_prompt_length": 250},
+    )
+    assert trainer.evaluate(assisted=True)["eval_assisted_n"] <= len(trainer.eval_rows or ())

@@ -104,11 +104,10 @@ class Sampler:
         Args:
             prompts: token ids of the prompts to come.
             params: gives n and max_tokens.
-            foreign_tokens: expected injected tokens of a row, for the size of the pool.
+            foreign_tokens: most injected tokens of a row; a single row always fits the pool.
         """
         self._check_prompts(prompts)
-        longest = min(params.max_tokens + foreign_tokens, self.max_context)
-        self._reserve([len(p) for p in prompts], params.n, longest)
+        self._reserve([len(p) for p in prompts], params, foreign_tokens)
         assert self._cache is not None
         training = self.model.training
         self.model.eval()
@@ -133,15 +132,21 @@ class Sampler:
                     f"{self.max_context - 1} (the model's context is {self.max_context})"
                 )
 
-    def _reserve(self, lengths: Sequence[int], n: int, longest: int) -> None:
-        """Have a pool that holds the rows at hand, as far as memory allows."""
+    def _reserve(self, lengths: Sequence[int], params: SamplingParams, foreign: int) -> None:
+        """Have a pool for the rows at hand, as far as memory allows.
+
+        It always holds one whole row, so that its size never cuts a rollout short. Replies are
+        expected to be no longer than the policy's own text; more is what preemption is for.
+        """
         size = self.config.block_size
         wanted = self.config.num_blocks
         if wanted is None:
-            rows = min(len(lengths) * n, 2 * self.config.max_batch)
-            own = rows * (-(-longest // size) + 1)
+            rows = min(len(lengths) * params.n, 2 * self.config.max_batch)
+            expected = params.max_tokens + min(foreign, params.max_tokens)
+            own = rows * (-(-min(expected, self.max_context) // size) + 1)
             shared = sum(-(-length // size) + 1 for length in lengths)
-            least = -(-(max(lengths, default=1) + longest) // size) + 2
+            whole = max(lengths, default=1) + params.max_tokens + foreign
+            least = -(-min(whole, self.max_context) // size) + 2
             wanted = max(least, min(own + shared, self._affordable_blocks()))
         if self._cache is None or self._cache.num_blocks < wanted:
             self._cache = PagedCache(wanted, size)

@@ -76,7 +76,7 @@ class ConsultPolicy:
 
     @property
     def max_reply_chars(self) -> int:
-        """Characters of reply text kept; the rollout cuts again, in tokens."""
+        """Characters of reply text kept; the rollout cuts to `max_reply_tokens` tokens."""
         return 8 * self.max_reply_tokens
 
 

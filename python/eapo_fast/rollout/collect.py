@@ -81,7 +81,8 @@ def collect_rollouts(
         protocol = ConsultProtocol()
     if protocol is not None and sampler.vocabulary is None:
         raise ConfigError("consults need a tokenizer: Sampler(model, tokenizer)")
-    with sampler.session(prompts, params) as session:
+    foreign = _foreign_tokens(sampler, protocol, scheduler)
+    with sampler.session(prompts, params, foreign_tokens=foreign) as session:
         run = _Collection(sampler, session, params, protocol, scheduler, step, on_group)
         run.add(prompts, prompt_ids or range(len(prompts)), problems)
         run.decode()
@@ -168,8 +169,12 @@ class _Collection:
         """Hand a parked row's queries to the scheduler, or answer a malformed block at once."""
         assert self.protocol is not None
         assert self.vocabulary is not None
-        trajectory = self.trajectories[seq]
-        tokens = self.session.row(seq).token_ids[trajectory.turn_start :]
+        trajectory, row = self.trajectories[seq], self.session.row(seq)
+        if row.mask.sum() >= self.params.max_tokens:
+            self.session.finish(seq, "length")
+            self._finish(seq)
+            return
+        tokens = row.token_ids[trajectory.turn_start :]
         queries = self.protocol.parse(self.vocabulary.text(int(t) for t in tokens))
         if queries is None:
             self._inject(seq, None)
@@ -223,9 +228,11 @@ class _Collection:
     def _encode(self, piece: Piece) -> list[int]:
         assert self.protocol is not None
         assert self.vocabulary is not None
+        assert self.scheduler is not None
         if piece.origin == "tag":
             return self.vocabulary.encode(piece.text)
-        return encode_reply(self.vocabulary, piece.text, self.protocol.tags)
+        limit = self.scheduler.policy.max_reply_tokens
+        return encode_reply(self.vocabulary, piece.text, self.protocol.tags)[:limit]
 
     def _finish(self, seq: int) -> None:
         trajectory = self.trajectories.pop(seq)
@@ -251,6 +258,18 @@ class _Collection:
         complete = [r for r in group if r is not None]
         if self.on_group is not None and len(complete) == len(group):
             self.on_group(complete)
+
+
+def _foreign_tokens(
+    sampler: Sampler, protocol: ConsultProtocol | None, scheduler: ConsultScheduler | None
+) -> int:
+    """Return the most tokens that replies can add to one rollout."""
+    if protocol is None or scheduler is None or sampler.vocabulary is None:
+        return 0
+    texts = [*protocol.tags, *protocol.notices.values()]
+    written = sum(len(sampler.vocabulary.encode(t)) for t in texts)
+    replies = protocol.max_queries * (scheduler.policy.max_reply_tokens + written)
+    return (protocol.max_turns - 1) * replies
 
 
 def encode_reply(vocabulary: Vocabulary, text: str, tags: Sequence[str]) -> list[int]:

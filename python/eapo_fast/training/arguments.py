@@ -18,7 +18,7 @@ _GOLDS_SHOWN = 5
 _GRADED = ("accuracy", "exact", "paper_f1")
 
 
-def eval_params(args: EAPOConfig) -> SamplingParams:
+def eval_params(args: EAPOConfig, tokenizer: Any) -> SamplingParams:
     """Return how evaluation samples; eapo's defaults are LeaP's (spec 12)."""
     eapo = args.recipe_name == "eapo"
     temperature = 0.6 if eapo else args.temperature
@@ -29,6 +29,7 @@ def eval_params(args: EAPOConfig) -> SamplingParams:
         top_p=top_p if args.eval_top_p is None else args.eval_top_p,
         n=args.num_generations_eval,
         seed=args.seed,
+        stop_token_ids=(tokenizer.eos_token_id,),
     )
 
 
@@ -62,12 +63,19 @@ def load_rows(dataset: Any, name: str, functions: Sequence[Any]) -> list[dict[st
     if dataset is None:
         return None
     rows = load_dataset(dataset, name=name)
-    graded = [f for f in functions if (f if isinstance(f, str) else f.__name__) in _GRADED]
+    graded = [name for f in functions if (name := _stock_name(f)) in _GRADED]
     if graded:
-        needed_by = graded[0] if isinstance(graded[0], str) else graded[0].__name__
-        require_column(rows, "answer", needed_by=needed_by)
+        require_column(rows, "answer", needed_by=graded[0])
         _warn_about_golds(check_golds(rows), name)
     return rows
+
+
+def _stock_name(function: Any) -> str:
+    """Return the name of one of our own reward functions; "" for a user's."""
+    if isinstance(function, str):
+        return function
+    ours = str(getattr(function, "__module__", "")).startswith("eapo_fast.rewards")
+    return str(getattr(function, "__name__", "")) if ours else ""
 
 
 def _warn_about_golds(problems: Sequence[str], name: str) -> None:

@@ -47,6 +47,7 @@ def generate(
     rows: Sequence[int],
     dataset: Sequence[Mapping[str, Any]],
     prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
     args: EAPOConfig,
     recipe: Recipe,
     *,
@@ -61,6 +62,7 @@ def generate(
         rows: data set rows of the groups; they name the prompts in the random keys.
         dataset: all rows.
         prompts: token ids of all rows.
+        params: how to sample.
         step: optimizer step of the key and of the gate, from 1.
     """
     futures: dict[int, Future[list[Score]]] = {}
@@ -73,7 +75,7 @@ def generate(
         rollouts = collect_rollouts(
             sampler,
             [prompts[r] for r in rows],
-            train_params(args, sampler.model),
+            params,
             protocol=protocol,
             scheduler=scheduler,
             step=step,
@@ -90,7 +92,7 @@ def generate(
     )
 
 
-def train_params(args: EAPOConfig, model: Any) -> SamplingParams:
+def train_params(args: EAPOConfig, tokenizer: Any) -> SamplingParams:
     """Return how training samples."""
     return SamplingParams(
         max_tokens=args.max_completion_length,
@@ -100,6 +102,7 @@ def train_params(args: EAPOConfig, model: Any) -> SamplingParams:
         min_p=args.min_p or 0.0,
         n=args.num_generations,
         seed=args.seed,
+        stop_token_ids=(tokenizer.eos_token_id,),
     )
 
 
@@ -123,7 +126,7 @@ def generation_metrics(generation: Generation, group_size: int) -> dict[str, flo
     rollouts, scores = generation.rollouts, generation.scores
     rewards = [s.reward for s in scores]
     groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
-    spreads = [statistics.stdev(g) for g in groups]
+    spreads = [_std(g, ddof=1) for g in groups]
     lengths = [r.num_policy_tokens for r in rollouts]
     ended = [r.num_policy_tokens for r in rollouts if r.finish_reason == "stop"]
     metrics = {
@@ -145,7 +148,7 @@ def generation_metrics(generation: Generation, group_size: int) -> dict[str, flo
         values = [v for s in scores if (v := s.parts[name]) is not None]
         if values:
             metrics[f"rewards/{name}/mean"] = _mean(values)
-            metrics[f"rewards/{name}/std"] = statistics.pstdev(values)
+            metrics[f"rewards/{name}/std"] = _std(values, ddof=0)
     return metrics
 
 
@@ -191,6 +194,13 @@ def _advantages(
         valid=torch.tensor(valid),
     )
     return [float(v) for v in values]
+
+
+def _std(values: Sequence[float], *, ddof: int) -> float:
+    finite = [v for v in values if math.isfinite(v)]
+    if len(finite) <= ddof:
+        return math.nan
+    return statistics.stdev(finite) if ddof else statistics.pstdev(finite)
 
 
 def _mean(values: Sequence[float]) -> float:

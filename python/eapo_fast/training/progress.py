@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -19,8 +20,16 @@ class Means:
         for name, value in metrics.items():
             self._values[name].append(value)
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return what has come in since the last drain."""
+        return {name: list(values) for name, values in self._values.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        """Restore what `state_dict` gave."""
+        self._values = defaultdict(list, {name: list(values) for name, values in state.items()})
+
     def drain(self) -> dict[str, float]:
-        """Return one value per metric and start afresh."""
+        """Return one value per metric (NaN left out, unless there is nothing else)."""
         values = {name: _joined(name, v) for name, v in self._values.items()}
         self._values.clear()
         return values
@@ -52,6 +61,7 @@ class Phases:
 
 
 def _joined(name: str, values: list[float]) -> float:
+    values = [v for v in values if v == v] or [math.nan]
     if name in ("learning_rate", "num_tokens", "epoch"):
         return values[-1]
     if name.endswith("max"):

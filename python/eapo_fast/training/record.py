@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from eapo_fast.evaluation import Evaluation
 from eapo_fast.reporting import LiveView, MetricsLog, plot_curves, write_report
 from eapo_fast.rollout import Rollout
+from eapo_fast.training.checkpoint import checkpoints
 from eapo_fast.training.generation import Generation
 from eapo_fast.training.scoring import Score
 
@@ -41,14 +42,13 @@ class RunRecord:
         )
         if not resumed:
             _set_aside(self.folder / "rollouts")
+            _set_aside_checkpoints(self.folder)
         step = trainer.state.global_step if resumed else None
         self.metrics = MetricsLog(self.folder / "metrics.jsonl", resume_step=step)
         self.view = LiveView(
             trainer.state.max_steps, args.run_name or self.folder.name, quiet=args.disable_tqdm
         )
         self._losses: list[float] = []
-        self._before: dict[str, float] | None = None
-        self._after: dict[str, float] | None = None
         self._tick = time.perf_counter()
 
     def __enter__(self) -> Self:
@@ -99,11 +99,9 @@ class RunRecord:
         self.metrics.write(step, metrics)
 
     def evaluation(self, step: int, metrics: dict[str, float], evaluation: Evaluation) -> None:
-        """Write an evaluation; the first and the last one go into the summary."""
+        """Write an evaluation and some of its rollouts."""
         self.metrics.write(step, metrics)
         self.view.evaluation(step, metrics)
-        self._before = self._before or metrics
-        self._after = metrics
         rows = self._trainer.eval_rows or []
         count = min(_EVAL_ROLLOUTS, len(evaluation.rollouts))
         lines = [
@@ -135,14 +133,15 @@ class RunRecord:
     def summary(self) -> dict[str, Any]:
         """Return the headline numbers of the run."""
         trainer = self._trainer
+        evaluations = [e for e in trainer.state.log_history if "eval_solo_accuracy" in e]
         return {
             "run_dir": str(self.folder),
             "model": str(trainer.model.name_or_path),
             "recipe": trainer.recipe.name,
             "seed": trainer.args.seed,
             "steps": trainer.state.global_step,
-            "solo_before": _accuracy(self._before),
-            "solo_after": _accuracy(self._after),
+            "solo_before": _accuracy([e for e in evaluations if e["step"] == 0]),
+            "solo_after": _accuracy([e for e in evaluations if e["step"] > 0]),
             "consults": trainer.counts.summary(),
             "seconds": _seconds(trainer.phases.total),
         }
@@ -218,9 +217,11 @@ def _consults(rollout: Rollout) -> list[dict[str, Any]]:
     ]
 
 
-def _accuracy(metrics: Mapping[str, float] | None) -> dict[str, float] | None:
-    if metrics is None:
+def _accuracy(evaluations: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
+    """Return the last evaluation's accuracy with its interval, None if there was none."""
+    if not evaluations:
         return None
+    metrics = evaluations[-1]
     names = {"accuracy": "", "low": "_low", "high": "_high"}
     values = {k: metrics[f"eval_solo_accuracy{suffix}"] for k, suffix in names.items()}
     return values | {"n": metrics["eval_solo_n"]}
@@ -230,6 +231,15 @@ def _seconds(total: Mapping[str, float]) -> dict[str, float]:
     known = {n: total.get(n, 0.0) for n in ("setup", "rollout", "reward", "update", "evaluation")}
     whole = max(total.get("total", 0.0) + known["setup"], sum(known.values()))
     return known | {"other": whole - sum(known.values()), "total": whole}
+
+
+def _set_aside_checkpoints(folder: Path) -> None:
+    """Keep an earlier run's checkpoints where neither clean-up nor resuming looks."""
+    for old in checkpoints(folder):
+        kept = folder / "checkpoints.old" / old.name
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(exist_ok=True)
+        old.rename(kept)
 
 
 def _set_aside(folder: Path) -> None:

@@ -131,6 +131,7 @@ class Scorer:
                 values = asyncio.run(_awaited(values))
         except Exception as error:
             raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
+        values = values.tolist() if hasattr(values, "tolist") else values
         if not isinstance(values, Sequence) or len(values) != n:
             got = len(values) if isinstance(values, Sequence) else type(values).__name__
             raise RewardError(f"{where} returned {got} values, expected one for each of {n}")

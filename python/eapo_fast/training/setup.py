@@ -15,16 +15,14 @@ from eapo_fast.training.quiet import without_progress_bars
 
 
 def load_model(model: str | Path | PreTrainedModel, args: EAPOConfig) -> PreTrainedModel:
-    """Return the policy on its device, dropout off as `args` says.
+    """Return the policy on its device.
 
     Raises:
         ModelError: `model` is neither a model nor a place that holds one.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
-    loaded = model if isinstance(model, PreTrainedModel) else _from_path(str(model))
-    loaded.to(device)  # type: ignore[arg-type]
-    if args.disable_dropout:
-        _disable_dropout(loaded)
+    loaded: Any = model if isinstance(model, torch.nn.Module) else _from_path(str(model))
+    loaded.to(device)
     if args.gradient_checkpointing:
         enable_checkpointing(loaded)
     return loaded
@@ -61,10 +59,15 @@ def load_tokenizer(processing_class: Any | None, model: PreTrainedModel) -> Any:
     return tokenizer
 
 
-def with_adapter(model: PreTrainedModel, peft_config: Any | None) -> Any:
-    """Wrap the model in a PEFT adapter when one is asked for."""
-    if peft_config is None:
-        return model
+def with_adapter(model: PreTrainedModel, peft_config: Any | None, args: EAPOConfig) -> Any:
+    """Wrap the model in a PEFT adapter when one is asked for; dropout off as `args` says."""
+    wrapped = model if peft_config is None else _adapter(model, peft_config)
+    if args.disable_dropout:
+        _disable_dropout(wrapped)
+    return wrapped
+
+
+def _adapter(model: PreTrainedModel, peft_config: Any) -> Any:
     try:
         from peft import get_peft_model
     except ImportError as error:
