@@ -21,8 +21,8 @@ def load_model(model: str | Path | PreTrainedModel, args: EAPOConfig) -> PreTrai
         ModelError: `model` is neither a model nor a place that holds one.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
-    loaded: Any = model if isinstance(model, torch.nn.Module) else _from_path(str(model))
-    loaded.to(device)
+    given: Any = model if isinstance(model, torch.nn.Module) else _from_path(str(model))
+    loaded: PreTrainedModel = given.to(device)
     if args.gradient_checkpointing:
         enable_checkpointing(loaded)
     return loaded
