@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,6 +134,9 @@ def _complete(folder: Path, mark: str) -> bool:
 
 
 def _conditions(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    import torch
+
+    from eapo_fast import _core
     from eapo_fast.demo import settings
 
     first = json.loads((out / f"eapo-{seeds[0]}" / "summary.json").read_text())
@@ -145,6 +149,8 @@ def _conditions(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     }
     batch = settings.CONFIG
     return {
+        "machine": f"{torch.get_num_threads()} CPU threads, {platform.machine()} with "
+        f"{_core.isa()}, torch {torch.__version__}",
         "steps": first["steps"],
         "rollouts per step": batch["per_device_train_batch_size"],
         "rollouts per prompt": batch["num_generations"],
