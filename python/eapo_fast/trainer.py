@@ -422,7 +422,7 @@ class Trainer:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> Path:
-        """Write `checkpoint-<step>`; only between generations, where nothing is half done."""
+        """Write `checkpoint-<step>`; its rollouts not yet used, if any, are not part of it."""
         optimizer = None if self.args.save_only_model else self.updater.optimizer
         path = save_checkpoint(
             self.output_dir,

@@ -143,7 +143,7 @@ def test_gradient_does_not_depend_on_the_cut(
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
 
 
-def test_contents_of_masked_tokens_change_nothing_in_the_head(rollouts: list[Rollout]) -> None:
+def test_only_policy_tokens_enter_the_head(rollouts: list[Rollout]) -> None:
     (batch,) = micro_batches(rollouts, ADVANTAGES, token_budget=10_000, device=torch.device("cpu"))
     assert len(batch.rows) == sum(r.num_policy_tokens for r in rollouts)
     assert batch.targets.tolist() == [t for r in rollouts for t in r.ids()]
