@@ -27,6 +27,9 @@ def paged_attention(
     scale: float,
     softcap: float = 0.0,
     window: int = 0,
+    sinks: Tensor | None = None,
+    shared: tuple[Tensor, Tensor] | None = None,
+    longest: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Write `k`, `v` into the cache, then attend; returns [T, Hq, D] in the dtype of `q`.
@@ -34,19 +37,26 @@ def paged_attention(
     S segments are packed along T. The rows of segment s are the last `q_len` of its `kv_lens[s]`
     positions; the row at position p sees keys `max(0, p - window + 1) .. p`. Query head h reads key
     head `h // (Hq / Hkv)`. On the CPU the bits of a row do not depend on batch, chunking, block
-    size or threads.
+    size, threads or `shared`. Rows of padding (slot -1) write nothing; a segment without keys gets
+    zeros.
 
     Args:
         q: [T, Hq, D] float32 or bfloat16 (float64 too for the reference).
         k, v: [T, Hkv, D], Hq a multiple of Hkv.
         k_cache, v_cache: [blocks, block_size, Hkv, D] contiguous; changed in place at `slots`.
-        slots: [T] int64, `block * block_size + offset` of each token.
+        slots: [T] int64, `block * block_size + offset` of each token; negative: not written.
         cu_q: [S + 1] int32, borders of the segments from 0 to T.
         kv_lens: [S] int32, keys of each segment, this call's included.
         block_tables: [S, B] int32, blocks of each segment; entries past its keys are not read.
         scale: factor on q . k.
         softcap: scores become `softcap * tanh(score / softcap)`; 0: off.
         window: keys that a row sees, itself included; 0: all.
+        sinks: [Hq] in the dtype of `q` or float32; a logit of each head that joins the softmax and
+            has no value.
+        shared: (spans [P, 2] int32: first segment and number of segments; lens [P] int32). The
+            segments of a span have one query row each and begin with the same `lens` tokens, a
+            multiple of the block size, in the same blocks. Speed only: they are read once.
+        longest: most query rows and most keys of a segment; spares a GPU the wait for their values.
         backend: "auto", "reference" (any device) or "cpu".
 
     Raises `ValueError` or `TypeError` that names the argument which does not fit.
@@ -55,7 +65,19 @@ def paged_attention(
     q, k, v = q.detach(), k.detach(), v.detach()
     if chosen == "reference":
         return reference.paged_attention(
-            q, k, v, k_cache, v_cache, slots, cu_q, kv_lens, block_tables, scale, softcap, window
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            slots,
+            cu_q,
+            kv_lens,
+            block_tables,
+            scale,
+            softcap,
+            window,
+            sinks,
         )
     follow_torch_threads()
     out = torch.empty(q.shape, dtype=q.dtype)

@@ -28,11 +28,11 @@ def paged_attention(
     scale: float,
     softcap: float,
     window: int,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return [T, Hq, D]; arguments as in the public function."""
-    k_cache.flatten(0, 1)[slots] = k
-    v_cache.flatten(0, 1)[slots] = v
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    kv_write(k, v, k_cache, v_cache, slots)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     starts, lengths = cu_q[:-1].tolist(), kv_lens.tolist()
     q_lens = cu_q.diff().tolist()
     row_cost = q.shape[1], 2 * k.shape[1] * k.shape[2]
@@ -42,10 +42,17 @@ def paged_attention(
             _gather(cache, batch, lengths, block_tables) for cache in (k_cache, v_cache)
         )
         rows = tokens.clamp(min=0)
-        attended = _attend(q[rows], keys, values, positions, scale, softcap, window)
+        attended = _attend(q[rows], keys, values, positions, scale, softcap, window, sinks)
         live = tokens >= 0
         out[tokens[live]] = attended[live].to(out.dtype)
     return out
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write keys and values [T, Hkv, D] into their slots; negative slots are left out."""
+    live = slots >= 0
+    k_cache.flatten(0, 1)[slots[live]] = k[live]
+    v_cache.flatten(0, 1)[slots[live]] = v[live]
 
 
 def copy_blocks(cache: Tensor, copies: Tensor) -> None:
@@ -63,7 +70,7 @@ def _batches(
     shortest = widest = 0
     for segment in sorted(range(len(q_lens)), key=lambda s: (q_lens[s], kv_lens[s])):
         q_len, kv_len = q_lens[segment], kv_lens[segment]
-        if q_len == 0:
+        if q_len == 0 or kv_len == 0:
             continue
         widest = max(widest, kv_len)
         size = (len(batch) + 1) * widest * (q_len * scores + gathered)
@@ -115,6 +122,7 @@ def _attend(
     scale: float,
     softcap: float,
     window: int,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attend q [S, Q, Hq, D] to keys and values [S, Hkv, K, D]; returns [S, Q, Hq, D]."""
     segments, queries, heads, dim = q.shape
@@ -131,6 +139,15 @@ def _attend(
     if window > 0:
         seen &= key > position - window
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    mixed = scores.softmax(-1).flatten(2, 3) @ values
+    mixed = _softmax(scores, sinks).flatten(2, 3) @ values
     by_row = mixed.view(segments, heads, queries, dim)
     return by_row.transpose(1, 2)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of scores [S, Hkv, Hq / Hkv, Q, K]; a head's sink takes its share and is dropped."""
+    if sinks is None:
+        return scores.softmax(-1)
+    sink = sinks.to(scores.dtype).view(1, scores.shape[1], scores.shape[2], 1, 1)
+    whole = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1)
+    return whole.softmax(-1)[..., :-1]

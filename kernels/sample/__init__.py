@@ -19,12 +19,12 @@ class Draws(NamedTuple):
     """What was drawn, one entry a sample."""
 
     tokens: Tensor
-    """[N] int64."""
+    """[N] int64; -1 where the row has no distribution (NaN, +inf, or all -inf or banned)."""
     logprobs: Tensor
     """[N] of the distribution drawn from (banned, tempered, truncated, renormalised); T = 1 and no
-    truncation where the temperature is 0."""
+    truncation where the temperature is 0; NaN where the token is -1."""
     kept_mass: Tensor
-    """[N] probability that the truncation kept; 1 without truncation."""
+    """[N] probability that truncation kept, 1 without truncation; NaN where the token is -1."""
 
 
 def sample(
@@ -56,8 +56,7 @@ def sample(
         backend: "auto", "reference" (any device) or "cpu".
 
     Log-probabilities are float32 (float64 from the reference on float64 logits). Raises
-    `ValueError` for a row with no distribution (NaN, +inf, or all entries -inf or banned), for
-    indices out of range on the CPU, and for a backend that cannot run here.
+    `ValueError` for indices out of range on the CPU, and for a backend that cannot run here.
     """
     chosen = choose_backend("sample", backend, {"cpu": cpu_refusal}, logits)
     if banned is None:

@@ -23,7 +23,8 @@ def sample(
     scores[ban_rows.long(), ban_ids.long()] = -torch.inf
     greedy = temperatures == 0
     scores = scores / torch.where(greedy, 1.0, temperatures).to(dtype).unsqueeze(-1)
-    _check(scores, rows)
+    bad = ~scores.amax(-1).isfinite()
+    scores = scores.masked_fill(bad.unsqueeze(-1), 0.0)
     total = scores.logsumexp(-1)
     truncated = ~greedy & ((top_ks > 0) | (top_ps < 1) | (min_ps > 0))
     if bool(truncated.any()):
@@ -33,17 +34,11 @@ def sample(
     kept = torch.where(truncated, (scores.logsumexp(-1) - total).exp(), 1.0)
     tokens = torch.where(greedy, scores.argmax(-1), _invert_cdf(scores, uniforms))
     logprobs = scores.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return tokens, logprobs, kept.to(dtype)
-
-
-def _check(scores: Tensor, rows: Tensor) -> None:
-    bad = ~scores.amax(-1).isfinite()
-    if bool(bad.any()):
-        sample_index = int(bad.nonzero()[0])
-        raise ValueError(
-            f"logits row {int(rows[sample_index])} (sample {sample_index}) has no distribution: "
-            "it holds NaN or +inf, or every token is -inf or banned"
-        )
+    return (
+        tokens.masked_fill(bad, -1),
+        logprobs.masked_fill(bad, torch.nan),
+        kept.to(dtype).masked_fill(bad, torch.nan),
+    )
 
 
 def _threshold(

@@ -194,18 +194,27 @@ def test_strided_rows_and_no_samples(isa: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=["nan", "inf"])
-def test_row_without_distribution_is_named(poison: float, backend: str) -> None:
+def test_row_without_distribution_gets_no_token(
+    poison: float, temperature: float, backend: str
+) -> None:
     logits = random_logits(3, 50)
+    settings = {"uniforms": random_uniforms(3), "temperature": temperature, "backend": backend}
+    want = draw(logits, **settings)  # type: ignore[arg-type]
     logits[1, 49] = poison
-    with pytest.raises(ValueError, match=r"logits row 1 \(sample 1\) has no distribution"):
-        draw(logits, uniforms=random_uniforms(3), backend=backend)
+    got = draw(logits, **settings)  # type: ignore[arg-type]
+    assert got.tokens[1] == -1
+    assert got.logprobs[1].isnan()
+    assert got.kept_mass[1].isnan()
+    for column, expected in zip(got, want, strict=True):
+        assert torch.equal(column[[0, 2]], expected[[0, 2]])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_everything_banned_is_an_error(backend: str) -> None:
-    with pytest.raises(ValueError, match="every token is -inf or banned"):
-        draw(torch.zeros(1, 2), uniforms=torch.zeros(1), banned=([0, 0], [0, 1]), backend=backend)
+def test_everything_banned_gets_no_token(backend: str) -> None:
+    got = draw(torch.zeros(1, 2), uniforms=torch.zeros(1), banned=([0, 0], [0, 1]), backend=backend)
+    assert got.tokens.tolist() == [-1]
 
 
 def test_bad_arguments_are_named() -> None:
