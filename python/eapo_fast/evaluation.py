@@ -70,6 +70,7 @@ def evaluate_rows(
     The draws are keyed by step 0, so evaluations of one run use the same random numbers. Without a
     scheduler no consult is possible.
     """
+    sampler.forget_prefixes()  # the result must not depend on what was sampled before, to the bit
     rollouts = collect_rollouts(
         sampler, prompts, params, protocol=protocol, scheduler=scheduler, step=0
     )

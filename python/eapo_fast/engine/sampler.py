@@ -10,23 +10,26 @@ import torch
 from transformers import PreTrainedModel
 
 from eapo_fast import _core
-from eapo_fast.engine.cache import PagedCache, memory_budget
 from eapo_fast.engine.params import Completion, SamplerConfig, SamplingParams
+from eapo_fast.engine.pool import Pool, WeightsVersion, affordable_blocks, host_blocks
 from eapo_fast.engine.session import Rules, Session
+from eapo_fast.engine.support import check_model, context_limit
 from eapo_fast.engine.vocabulary import Vocabulary
-from eapo_fast.errors import ConfigError, ModelError
+from eapo_fast.errors import ConfigError
 
 
 class Sampler:
     """Paged-KV sampler over a transformers causal LM, without a copy of its weights.
 
     Args:
-        model: a `PreTrainedModel` whose attention goes through transformers' attention interface.
+        model: a `PreTrainedModel` (or a `PeftModel` around one) whose attention goes through
+            transformers' attention interface. All of it lies on one device.
         tokenizer: fast tokenizer; needed only when strings are matched (stop strings, tags).
         config: engine shape.
 
     Raises:
-        ModelError: the model cannot run on paged attention (found by a short trial forward).
+        ModelError: from the first call, before anything is sampled: the model cannot run on paged
+            attention (found by a short trial forward).
     """
 
     def __init__(
@@ -39,21 +42,18 @@ class Sampler:
         self.config = config or SamplerConfig()
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.vocabulary = Vocabulary(tokenizer, self.vocab_size) if tokenizer else None
+        token_bytes = self.vocabulary.token_bytes if self.vocabulary else [b""] * self.vocab_size
+        self._token_bytes = _core.Vocabulary(token_bytes)
         self.eos_token_ids = _eos_ids(model)
-        text_config = model.config.get_text_config()
-        self.max_context = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
-        self._cache: PagedCache | None = None
+        self.max_context = context_limit(model)
+        self._pool: Pool | None = None
+        self._weights = WeightsVersion(model)
         _core.set_num_threads(torch.get_num_threads())
-        if not getattr(model, "_supports_attention_backend", False):
-            raise ModelError(
-                f"model: {type(model).__name__} does not go through transformers' attention "
-                f"interface, so its attention cannot be paged"
-            )
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
+        params: SamplingParams | Sequence[SamplingParams],
         *,
         prompt_ids: Sequence[int] | None = None,
         step: int = 0,
@@ -62,7 +62,7 @@ class Sampler:
 
         Args:
             prompts: token ids of each prompt.
-            params: how to sample.
+            params: how to sample; one for all, or one for each prompt.
             prompt_ids: names of the prompts in the random key; None: their list index.
             step: training step in the random key.
 
@@ -71,14 +71,20 @@ class Sampler:
             block size or the other prompts (up to floating-point rounding of the model's forward).
 
         Raises:
-            ConfigError: strings to match without a tokenizer; an empty or too long prompt.
+            ConfigError: strings to match without a tokenizer; an empty or too long prompt, a token
+                that the model does not have, a pool too small for one completion.
+            ModelError: the model cannot run on paged attention.
         """
         names = range(len(prompts)) if prompt_ids is None else prompt_ids
-        with self.session(prompts, params) as session:
-            rules = self.rules_of(params)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ConfigError(f"params: got {len(each)} for {len(prompts)} prompts")
+        if not prompts:
+            return []
+        with self.session(prompts, each) as session:
             groups = [
-                session.add_group(p, params, rules, prompt_id=name, step=step)
-                for p, name in zip(prompts, names, strict=True)
+                session.add_group(p, own, self.rules_of(own), prompt_id=name, step=step)
+                for p, own, name in zip(prompts, each, names, strict=True)
             ]
             while session.unfinished:
                 session.step()
@@ -88,6 +94,8 @@ class Sampler:
         """Return the rules that `params` and the model's EOS ids ask for."""
         if (params.stop or params.banned_strings) and self.vocabulary is None:
             raise ConfigError("stop and banned_strings need a tokenizer: Sampler(model, tokenizer)")
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("banned_token_ids", params.banned_token_ids)
         return Rules(
             stop_token_ids=tuple(sorted({*self.eos_token_ids, *params.stop_token_ids})),
             stop=tuple(params.stop),
@@ -95,31 +103,45 @@ class Sampler:
             banned_strings=tuple(params.banned_strings),
         )
 
+    def forget_prefixes(self) -> None:
+        """Let no cached prefix match from now on.
+
+        Needed after weights were changed behind autograd's back (through `.data`, or by another
+        process); updates that torch counts, as every optimizer's, are noticed at the next call.
+        """
+        if self._pool is not None:
+            self._pool.blocks.advance_epoch()
+
     @contextmanager
     def session(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, foreign_tokens: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        foreign_tokens: int = 0,
     ) -> Iterator[Session]:
         """Open a session whose pool suits `prompts` x n rows; the model is in eval mode inside.
 
         Args:
             prompts: token ids of the prompts to come.
-            params: gives n and max_tokens.
+            params: give n and max_tokens; one for all, or one for each prompt.
             foreign_tokens: most injected tokens of a row; a single row always fits the pool.
         """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         self._check_prompts(prompts)
-        self._reserve([len(p) for p in prompts], params, foreign_tokens)
-        assert self._cache is not None
+        check_model(self.model)
+        pool = self._reserve([len(p) for p in prompts], each, foreign_tokens)
+        if self._weights.changed():
+            pool.blocks.advance_epoch()
         training = self.model.training
         self.model.eval()
         try:
             yield Session(
                 self.model,
-                self._cache,
-                self.vocabulary,
-                max_batch=self.config.max_batch,
-                max_prefill_tokens=self.config.max_prefill_tokens,
+                pool,
+                self._token_bytes,
+                config=self.config,
                 max_context=self.max_context,
-                vocab_size=self.vocab_size,
             )
         finally:
             self.model.train(training)
@@ -131,34 +153,58 @@ class Sampler:
                     f"prompt {index}: {len(prompt)} tokens, allowed are 1 to "
                     f"{self.max_context - 1} (the model's context is {self.max_context})"
                 )
+            self._check_ids(f"prompt {index}", prompt)
 
-    def _reserve(self, lengths: Sequence[int], params: SamplingParams, foreign: int) -> None:
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise ConfigError(
+                f"{name}: got token {wrong}, the model has tokens 0 to {self.vocab_size - 1}"
+            )
+
+    def _reserve(
+        self, lengths: Sequence[int], params: Sequence[SamplingParams], foreign: int
+    ) -> Pool:
         """Have a pool for the rows at hand, as far as memory allows.
 
         It always holds one whole row, so that its size never cuts a rollout short. Replies are
         expected to be no longer than the policy's own text; more is what preemption is for.
         """
-        size = self.config.block_size
-        wanted = self.config.num_blocks
+        size, wanted = self.config.block_size, self.config.num_blocks
+        own = [
+            min(n + p.max_tokens, self.max_context) for n, p in zip(lengths, params, strict=True)
+        ]
+        longest = max(own, default=1)
+        least = -(-min(longest + foreign, self.max_context) // size) + 2
         if wanted is None:
-            rows = min(len(lengths) * params.n, 2 * self.config.max_batch)
-            expected = params.max_tokens + min(foreign, params.max_tokens)
-            own = rows * (-(-min(expected, self.max_context) // size) + 1)
-            shared = sum(-(-length // size) + 1 for length in lengths)
-            whole = max(lengths, default=1) + params.max_tokens + foreign
-            least = -(-min(whole, self.max_context) // size) + 2
-            wanted = max(least, min(own + shared, self._affordable_blocks()))
-        if self._cache is None or self._cache.num_blocks < wanted:
-            self._cache = PagedCache(wanted, size)
+            wanted = max(least, min(self._expected_blocks(lengths, params, foreign), self._most()))
+        elif wanted * size < longest:
+            raise ConfigError(
+                f"num_blocks: got {wanted} blocks of {size} tokens, but a prompt with its "
+                f"max_tokens needs {longest} tokens: allowed is {-(-longest // size)} or more"
+            )
+        if self._pool is None or self._pool.blocks.num_blocks < wanted:
+            self._pool = Pool(wanted, size, host_blocks(self.model, self.config, wanted))
+        return self._pool
 
-    def _affordable_blocks(self) -> int:
-        config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
+    def _expected_blocks(
+        self, lengths: Sequence[int], params: Sequence[SamplingParams], foreign: int
+    ) -> int:
+        """Blocks of as many rows as are ever alive at once, prompts shared by their groups."""
+        size = self.config.block_size
+        rows = sorted(
+            (
+                -(-min(p.max_tokens + min(foreign, p.max_tokens), self.max_context) // size) + 1
+                for p in params
+                for _ in range(p.n)
+            ),
+            reverse=True,
         )
-        per_token = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
-        return int(memory_budget(self.model.device) // (per_token * self.config.block_size))
+        shared = sum(-(-length // size) + 1 for length in lengths)
+        return sum(rows[: 2 * self.config.max_batch]) + shared
+
+    def _most(self) -> int:
+        return affordable_blocks(self.model, self.config.block_size)
 
 
 def _completion(session: Session, seq: int) -> Completion:

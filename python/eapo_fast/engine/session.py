@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eapo_fast import _core
-from eapo_fast.engine.attention import PagedStep, paged_forward
-from eapo_fast.engine.cache import PagedCache
-from eapo_fast.engine.params import SamplingParams
-from eapo_fast.engine.vocabulary import Vocabulary, patterns
+from eapo_fast.engine.forward import PagedForward
+from eapo_fast.engine.params import SamplerConfig, SamplingParams
+from eapo_fast.engine.pool import Pool
+from eapo_fast.engine.vocabulary import patterns
 from eapo_fast.kernels.sample import sample
 
 
@@ -58,38 +59,34 @@ class Session:
 
     Args:
         model: causal LM in eval mode; its parameters are used as they are.
-        cache: KV pool; nobody else may use it while the session runs.
-        vocabulary: token bytes, or None when no strings are matched.
-        max_batch: rows decoded at once.
-        max_prefill_tokens: prompt and injected tokens of one step.
+        pool: KV pool; nobody else may use it while the session runs.
+        token_bytes: bytes of every token, empty ones when no strings are matched.
+        config: engine shape.
         max_context: most tokens of a sequence.
-        vocab_size: rows of the LM head.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        cache: PagedCache,
-        vocabulary: Vocabulary | None,
+        pool: Pool,
+        token_bytes: Any,
         *,
-        max_batch: int,
-        max_prefill_tokens: int,
+        config: SamplerConfig,
         max_context: int,
-        vocab_size: int,
     ) -> None:
-        self._model = model
-        self._cache = cache
+        self._cache = pool.cache
         self._device = model.device
-        token_bytes = vocabulary.token_bytes if vocabulary else [b""] * vocab_size
+        self._forward = PagedForward(model, pool.cache)
         self.scheduler = _core.Scheduler(
-            cache.num_blocks,
-            cache.block_size,
-            max_batch,
-            max_batch + max_prefill_tokens,
-            max_context,
+            pool.blocks,
             token_bytes,
+            max_batch=config.max_batch,
+            max_step_tokens=config.max_batch + config.max_prefill_tokens,
+            max_context=max_context,
+            prefix_cache=config.prefix_cache,
         )
         self._rules: dict[Rules, int] = {}
+        self._speed = _PrefillSpeed()
         self.unfinished: set[int] = set()
 
     def rules(self, rules: Rules) -> int:
@@ -126,18 +123,20 @@ class Session:
             params.seed,
             step,
             prompt_id,
+            list(params.temperature_schedule),
         )
         self.unfinished.update(ids)
         return list(ids)
 
     def step(self) -> list[Any] | None:
         """Run one forward; returns its events, or None when no row can run now."""
+        start = time.perf_counter()
         plan = self.scheduler.plan()
         if plan is None:
             return None
-        logits = self._forward(plan)
+        self._move_blocks(plan)
         tokens, logprobs, kept = sample(
-            logits,
+            self._forward(plan),
             rows=self._on_device(plan.sample_rows),
             uniforms=self._on_device(plan.uniforms),
             temperatures=self._on_device(plan.temperatures),
@@ -150,6 +149,8 @@ class Session:
             tokens.cpu().numpy(), logprobs.cpu().numpy(), kept.cpu().numpy()
         )
         self.unfinished.difference_update(e.seq for e in events if e.kind == "finished")
+        if self._speed.saw(len(plan.input_ids), len(plan.seqs), time.perf_counter() - start):
+            self.scheduler.set_prefill_rate(self._speed.tokens_per_second)
         return list(events)
 
     def inject(self, seq: int, ids: Sequence[int]) -> bool:
@@ -158,6 +159,10 @@ class Session:
         if not runnable:
             self.unfinished.discard(seq)
         return runnable
+
+    def expect_wait(self, seq: int, seconds: float) -> None:
+        """Say when a parked row may go on; long waits give their blocks away first."""
+        self.scheduler.expect_wait(seq, seconds)
 
     def set_rules(self, seq: int, rules: Rules) -> None:
         """Change what ends, parks or bans from the row's next token on."""
@@ -177,26 +182,32 @@ class Session:
         self.unfinished.discard(seq)
         self.scheduler.release(seq)
 
-    def _forward(self, plan: Any) -> Tensor:
-        """Return logits [L, V] of the rows that sample in this step."""
+    def _move_blocks(self, plan: Any) -> None:
+        """Bring the blocks to where the step expects them, in this order."""
+        for pairs, move in (
+            (plan.swap_out, self._cache.swap_out),
+            (plan.swap_in, self._cache.swap_in),
+        ):
+            if len(pairs):
+                move(torch.from_numpy(pairs))
         if len(plan.copies):
             self._cache.copy(self._on_device(plan.copies))
-        step = PagedStep(
-            cache=self._cache,
-            slots=self._on_device(plan.slots),
-            cu_q=self._on_device(plan.cu_q),
-            kv_lens=self._on_device(plan.kv_lens),
-            block_tables=self._on_device(plan.block_tables),
-        )
-        with torch.no_grad(), paged_forward(self._model, step):
-            logits: Tensor = self._model(
-                input_ids=self._on_device(plan.input_ids).unsqueeze(0),
-                position_ids=self._on_device(plan.positions).unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=self._on_device(plan.logits_rows),
-            ).logits
-        return logits[0]
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+class _PrefillSpeed:
+    """Tokens per second of steps that mostly prefill: what dropped KV costs to compute again."""
+
+    def __init__(self) -> None:
+        self.tokens_per_second = 0.0
+
+    def saw(self, tokens: int, rows: int, seconds: float) -> bool:
+        """Take in a step; returns whether it told anything."""
+        if tokens < 2 * rows or seconds <= 0.0:
+            return False
+        now, before = tokens / seconds, self.tokens_per_second
+        self.tokens_per_second = before + (now - before) / 4 if before else now
+        return True

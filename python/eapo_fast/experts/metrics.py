@@ -16,6 +16,7 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._typical: float | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -37,6 +38,15 @@ class Counters:
             self._counts["truncated"] += result.truncated
             if result.accepted:
                 self._latencies.append(result.latency)
+                before = self._typical
+                self._typical = (
+                    result.latency if before is None else before + (result.latency - before) / 8
+                )
+
+    def typical_latency(self, unknown: float) -> float:
+        """Return the running mean of the latencies of answers, seconds; `unknown` before any."""
+        with self._lock:
+            return unknown if self._typical is None else self._typical
 
     def charged(self, tokens: int, cost: float) -> None:
         """Count what a call was charged."""

@@ -193,6 +193,12 @@ class ConsultScheduler:
             else:
                 self._call_loop(partial(Dispatcher.reap, flight=flight))
 
+    def expected_wait(self) -> float:
+        """Return how many seconds a consult that is asked now will probably take."""
+        if self.immediate:
+            return 0.0
+        return min(self._board.counters.typical_latency(self.policy.timeout), self.policy.timeout)
+
     def drain_metrics(self) -> dict[str, float]:
         """Counters `expert/...` since the last call; the set of names is fixed."""
         return self._board.counters.drain()

@@ -192,6 +192,7 @@ class _Collection:
             )
             trajectory.requests.append(request)
             trajectory.pending.append(self.scheduler.submit(request))
+        self.session.expect_wait(seq, self.scheduler.expected_wait())
 
     def _answer(self, *, idle: bool) -> None:
         """Inject every reply that is complete; with nothing to decode, wait for one."""
@@ -238,7 +239,6 @@ class _Collection:
         trajectory = self.trajectories.pop(seq)
         row = self.session.row(seq)
         self.session.release(seq)
-        reason: Any = row.finish_reason if np.isfinite(row.logprobs).all() else "error"
         rollout = Rollout(
             prompt_ids=self.prompts[trajectory.prompt],
             token_ids=row.token_ids,
@@ -247,7 +247,7 @@ class _Collection:
             segments=segments_of(row.mask, trajectory.kinds),
             consults=trajectory.results,
             requests=trajectory.requests,
-            finish_reason=_checked(reason),
+            finish_reason=_checked(row.finish_reason),
             group_id=trajectory.prompt,
             sample_index=trajectory.sample,
             prompt_id=trajectory.prompt_id,

@@ -71,6 +71,7 @@ def generate(
         index = group[0].group_id
         futures[index] = scorer.submit(group, dataset[rows[index]])
 
+    sampler.forget_prefixes()  # a resumed run has none either, and must give the same bits
     with phases.measure("rollout"), autocast(args, sampler.model.device):
         rollouts = collect_rollouts(
             sampler,

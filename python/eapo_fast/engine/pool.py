@@ -1,0 +1,66 @@
+"""The KV pool of a sampler: who owns which block, the blocks' tensors, the weights they are of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from eapo_fast import _core
+from eapo_fast.engine.cache import PagedCache, host_memory_budget, memory_budget
+from eapo_fast.engine.params import SamplerConfig
+
+
+class Pool:
+    """Blocks and their tensors; outlives sessions, so that prefixes can be found again."""
+
+    def __init__(self, num_blocks: int, block_size: int, host_blocks: int = 0) -> None:
+        self.blocks = _core.KvPool(num_blocks, block_size, host_blocks)
+        self.cache = PagedCache(num_blocks, block_size, host_blocks)
+
+
+class WeightsVersion:
+    """Notices that a model computes something else than before.
+
+    torch counts in-place changes of a tensor made outside `.data`; every optimizer's are. Storage,
+    active adapters and autocast are looked at too.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._seen: object = None
+
+    def changed(self) -> bool:
+        """Return whether anything changed since the last call; True the first time."""
+        seen, self._seen = self._seen, self._fingerprint()
+        return seen != self._seen
+
+    def _fingerprint(self) -> object:
+        device = self._model.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        adapters = str(getattr(self._model, "active_adapters", None))
+        parameters = tuple((p.data_ptr(), p._version) for p in self._model.parameters())
+        return parameters, autocast, adapters
+
+
+def affordable_blocks(model: PreTrainedModel, block_size: int) -> int:
+    """Return how many blocks fit the memory that a pool may take."""
+    return memory_budget(model.device) // (block_size * _token_bytes(model))
+
+
+def host_blocks(model: PreTrainedModel, config: SamplerConfig, num_blocks: int) -> int:
+    """Return the number of blocks in host memory: on a CPU, where there is nothing to gain, 0."""
+    if config.host_blocks is not None:
+        return config.host_blocks
+    if model.device.type == "cpu":
+        return 0
+    return min(num_blocks, host_memory_budget() // (config.block_size * _token_bytes(model)))
+
+
+def _token_bytes(model: PreTrainedModel) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    config: Any = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
