@@ -11,22 +11,27 @@ from transformers import PreTrainedModel
 
 from eapo_fast import _core
 from eapo_fast.engine.cache import PagedCache, memory_budget
+from eapo_fast.engine.limits import context_limit, vocab_size
+from eapo_fast.engine.mode import compute_dtype, sampling_mode
 from eapo_fast.engine.params import Completion, SamplerConfig, SamplingParams
 from eapo_fast.engine.session import Rules, Session
+from eapo_fast.engine.support import PagedModel, paged_model
 from eapo_fast.engine.vocabulary import Vocabulary
-from eapo_fast.errors import ConfigError, ModelError
+from eapo_fast.errors import ConfigError
 
 
 class Sampler:
     """Paged-KV sampler over a transformers causal LM, without a copy of its weights.
 
     Args:
-        model: a `PreTrainedModel` whose attention goes through transformers' attention interface.
+        model: a `PreTrainedModel` whose attention goes through transformers' attention interface,
+            or a `PeftModel` around one, whose adapters stay unmerged.
         tokenizer: fast tokenizer; needed only when strings are matched (stop strings, tags).
         config: engine shape.
 
     Raises:
-        ModelError: the model cannot run on paged attention (found by a short trial forward).
+        ModelError: the model has no LM head. That it cannot run on paged attention is found by a
+            short trial forward before the first sampling.
     """
 
     def __init__(
@@ -37,18 +42,13 @@ class Sampler:
     ) -> None:
         self.model = model
         self.config = config or SamplerConfig()
-        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.vocab_size = vocab_size(model)
         self.vocabulary = Vocabulary(tokenizer, self.vocab_size) if tokenizer else None
         self.eos_token_ids = _eos_ids(model)
-        text_config = model.config.get_text_config()
-        self.max_context = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
+        self.max_context = context_limit(model)
         self._cache: PagedCache | None = None
+        self._cache_kind: tuple[torch.dtype, torch.device] | None = None
         _core.set_num_threads(torch.get_num_threads())
-        if not getattr(model, "_supports_attention_backend", False):
-            raise ModelError(
-                f"model: {type(model).__name__} does not go through transformers' attention "
-                f"interface, so its attention cannot be paged"
-            )
 
     def generate(
         self,
@@ -107,11 +107,10 @@ class Sampler:
             foreign_tokens: most injected tokens of a row; a single row always fits the pool.
         """
         self._check_prompts(prompts)
-        self._reserve([len(p) for p in prompts], params, foreign_tokens)
+        paged = paged_model(self.model, self.config.block_size)
+        self._reserve([len(p) for p in prompts], params, foreign_tokens, paged)
         assert self._cache is not None
-        training = self.model.training
-        self.model.eval()
-        try:
+        with sampling_mode(self.model):
             yield Session(
                 self.model,
                 self._cache,
@@ -120,9 +119,8 @@ class Sampler:
                 max_prefill_tokens=self.config.max_prefill_tokens,
                 max_context=self.max_context,
                 vocab_size=self.vocab_size,
+                windows=paged.windows,
             )
-        finally:
-            self.model.train(training)
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         for index, prompt in enumerate(prompts):
@@ -132,7 +130,9 @@ class Sampler:
                     f"{self.max_context - 1} (the model's context is {self.max_context})"
                 )
 
-    def _reserve(self, lengths: Sequence[int], params: SamplingParams, foreign: int) -> None:
+    def _reserve(
+        self, lengths: Sequence[int], params: SamplingParams, foreign: int, paged: PagedModel
+    ) -> None:
         """Have a pool for the rows at hand, as far as memory allows.
 
         It always holds one whole row, so that its size never cuts a rollout short. Replies are
@@ -147,17 +147,13 @@ class Sampler:
             shared = sum(-(-length // size) + 1 for length in lengths)
             whole = max(lengths, default=1) + params.max_tokens + foreign
             least = -(-min(whole, self.max_context) // size) + 2
-            wanted = max(least, min(own + shared, self._affordable_blocks()))
-        if self._cache is None or self._cache.num_blocks < wanted:
-            self._cache = PagedCache(wanted, size)
+            wanted = max(least, min(own + shared, self._affordable_blocks(paged)))
+        kind = compute_dtype(self.model), self.model.device
+        if self._cache is None or self._cache.num_blocks < wanted or self._cache_kind != kind:
+            self._cache, self._cache_kind = PagedCache(wanted, size), kind
 
-    def _affordable_blocks(self) -> int:
-        config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
-        per_token = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
+    def _affordable_blocks(self, paged: PagedModel) -> int:
+        per_token = paged.kv_elements * compute_dtype(self.model).itemsize
         return int(memory_budget(self.model.device) // (per_token * self.config.block_size))
 
 

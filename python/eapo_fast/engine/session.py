@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eapo_fast import _core
-from eapo_fast.engine.attention import PagedStep, paged_forward
+from eapo_fast.engine.attention import CallKey, PagedStep, paged_logits
 from eapo_fast.engine.cache import PagedCache
 from eapo_fast.engine.params import SamplingParams
 from eapo_fast.engine.vocabulary import Vocabulary, patterns
@@ -64,6 +64,7 @@ class Session:
         max_prefill_tokens: prompt and injected tokens of one step.
         max_context: most tokens of a sequence.
         vocab_size: rows of the LM head.
+        windows: sliding windows that only the model's masks know (see `support`).
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Session:
         max_prefill_tokens: int,
         max_context: int,
         vocab_size: int,
+        windows: Mapping[CallKey, int],
     ) -> None:
         self._model = model
+        self._windows = windows
         self._cache = cache
         self._device = model.device
         token_bytes = vocabulary.token_bytes if vocabulary else [b""] * vocab_size
@@ -187,15 +190,15 @@ class Session:
             cu_q=self._on_device(plan.cu_q),
             kv_lens=self._on_device(plan.kv_lens),
             block_tables=self._on_device(plan.block_tables),
+            windows=self._windows,
         )
-        with torch.no_grad(), paged_forward(self._model, step):
-            logits: Tensor = self._model(
-                input_ids=self._on_device(plan.input_ids).unsqueeze(0),
-                position_ids=self._on_device(plan.positions).unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=self._on_device(plan.logits_rows),
-            ).logits
-        return logits[0]
+        return paged_logits(
+            self._model,
+            step,
+            self._on_device(plan.input_ids),
+            self._on_device(plan.positions),
+            self._on_device(plan.logits_rows),
+        )
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
