@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
+from eapo_fast.errors import ModelError
 from eapo_fast.kernels.paged_attention import copy_blocks
 
 
@@ -21,21 +23,30 @@ class PagedCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.host_blocks = host_blocks
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._host: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._host: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
-    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return key and value blocks of a layer, shaped and typed after `like` [1, heads, T, D].
+    def layer(self, call: Hashable, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return key and value blocks of an attention call, for keys `like` [T, heads, width].
 
-        A layer that comes with another dtype, shape or device than before starts empty.
+        Raises `ModelError` when the pool holds keys of another dtype, device or shape: what they
+        say can't be read by this forward.
         """
-        shape = (self.num_blocks, self.block_size, like.shape[1], like.shape[3])
-        found = self._layers.get(index)
-        if found is None or not _fits(found[0], shape, like):
-            found = (like.new_zeros(shape), like.new_zeros(shape))
-            self._layers[index] = found
-            self._host.pop(index, None)
-        return found
+        held = self._layers.get(call)
+        if held is None:
+            shape = (self.num_blocks, self.block_size, *like.shape[1:])
+            held = self._layers[call] = (like.new_zeros(shape), like.new_zeros(shape))
+        keys = held[0]
+        if (keys.dtype, keys.device, keys.shape[2:]) != (like.dtype, like.device, like.shape[1:]):
+            raise ModelError(
+                f"KV pool: layer {call} holds {_kind(keys[0])}, now gets {_kind(like)}. Dtype, "
+                f"device and autocast of a model may not change while its pool is in use"
+            )
+        return held
+
+    def storages(self) -> tuple[int, ...]:
+        """Return the addresses of all blocks, which a captured forward reads and writes."""
+        return tuple(x.data_ptr() for pair in self._layers.values() for x in pair)
 
     def copy(self, pairs: Tensor) -> None:
         """Copy whole blocks, `pairs` [C, 2] int32 of (source, destination), in every layer."""
@@ -46,31 +57,31 @@ class PagedCache:
     def swap_out(self, pairs: Tensor) -> None:
         """Copy blocks to the host, `pairs` [C, 2] int32 of (block, host block), in every layer."""
         block, host = pairs.long().unbind(-1)
-        for index, layer in self._layers.items():
-            for device_side, host_side in zip(layer, self._host_layer(index), strict=True):
+        for call, layer in self._layers.items():
+            for device_side, host_side in zip(layer, self._host_layer(call), strict=True):
                 host_side[host] = device_side[block.to(device_side.device)].to(host_side.device)
 
     def swap_in(self, pairs: Tensor) -> None:
         """Copy blocks back, `pairs` [C, 2] int32 of (host block, block), in every layer."""
         host, block = pairs.long().unbind(-1)
-        for index, layer in self._layers.items():
-            for device_side, host_side in zip(layer, self._host_layer(index), strict=True):
+        for call, layer in self._layers.items():
+            for device_side, host_side in zip(layer, self._host_layer(call), strict=True):
                 device = device_side.device
                 device_side[block.to(device)] = host_side[host].to(device)
 
-    def _host_layer(self, index: int) -> tuple[Tensor, Tensor]:
-        if index not in self._host:
-            keys = self._layers[index][0]
+    def _host_layer(self, call: Hashable) -> tuple[Tensor, Tensor]:
+        if call not in self._host:
+            keys = self._layers[call][0]
             shape, pin = (self.host_blocks, *keys.shape[1:]), keys.is_cuda
-            self._host[index] = (
+            self._host[call] = (
                 torch.empty(shape, dtype=keys.dtype, pin_memory=pin),
                 torch.empty(shape, dtype=keys.dtype, pin_memory=pin),
             )
-        return self._host[index]
+        return self._host[call]
 
 
-def _fits(cached: Tensor, shape: tuple[int, ...], like: Tensor) -> bool:
-    return cached.shape == shape and cached.dtype == like.dtype and cached.device == like.device
+def _kind(keys: Tensor) -> str:
+    return f"{keys.dtype} [heads {keys.shape[1]}, width {keys.shape[2]}] on {keys.device}"
 
 
 def memory_budget(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,16 +10,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eapo_fast.engine.attention import PagedStep, paged_forward
+from eapo_fast.engine.attention import CallKey, PagedStep, paged_logits
 from eapo_fast.engine.cache import PagedCache
 
 
 class PagedForward:
-    """Runs the transformers model itself on the tokens of a plan."""
+    """Runs the transformers model itself on the tokens of a plan.
 
-    def __init__(self, model: PreTrainedModel, cache: PagedCache) -> None:
+    Args:
+        model: causal LM in eval mode.
+        cache: KV blocks.
+        windows: sliding windows that only the model's masks know.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cache: PagedCache, windows: Mapping[CallKey, int]
+    ) -> None:
         self._model = model
         self._cache = cache
+        self._windows = windows
         self._device = model.device
 
     def __call__(self, plan: Any) -> Tensor:
@@ -32,15 +42,15 @@ class PagedForward:
             block_tables=self._on_device(plan.block_tables),
             shared=shared if len(plan.shared_lens) else None,
             longest=(plan.max_q_len, plan.max_kv_len),
+            windows=self._windows,
         )
-        with torch.no_grad(), paged_forward(self._model, step):
-            logits: Tensor = self._model(
-                input_ids=self._on_device(plan.input_ids).unsqueeze(0),
-                position_ids=self._on_device(plan.positions).unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=self._on_device(plan.logits_rows),
-            ).logits
-        return logits[0]
+        return paged_logits(
+            self._model,
+            step,
+            self._on_device(plan.input_ids),
+            self._on_device(plan.positions),
+            self._on_device(plan.logits_rows),
+        )
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import PreTrainedModel
 
@@ -13,9 +11,22 @@ from eapo_fast.engine.params import SamplerConfig
 
 
 class Pool:
-    """Blocks and their tensors; outlives sessions, so that prefixes can be found again."""
+    """Blocks and their tensors; outlives sessions, so that prefixes can be found again.
 
-    def __init__(self, num_blocks: int, block_size: int, host_blocks: int = 0) -> None:
+    Args:
+        num_blocks, block_size: shape of the pool.
+        host_blocks: blocks in host memory.
+        kind: dtype and device of keys and values.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        host_blocks: int,
+        kind: tuple[torch.dtype, torch.device],
+    ) -> None:
+        self.kind = kind
         self.blocks = _core.KvPool(num_blocks, block_size, host_blocks)
         self.cache = PagedCache(num_blocks, block_size, host_blocks)
 
@@ -44,23 +55,17 @@ class WeightsVersion:
         return parameters, autocast, adapters
 
 
-def affordable_blocks(model: PreTrainedModel, block_size: int) -> int:
+def affordable_blocks(model: PreTrainedModel, block_bytes: int) -> int:
     """Return how many blocks fit the memory that a pool may take."""
-    return memory_budget(model.device) // (block_size * _token_bytes(model))
+    return memory_budget(model.device) // block_bytes
 
 
-def host_blocks(model: PreTrainedModel, config: SamplerConfig, num_blocks: int) -> int:
+def host_blocks(
+    model: PreTrainedModel, config: SamplerConfig, num_blocks: int, block_bytes: int
+) -> int:
     """Return the number of blocks in host memory: on a CPU, where there is nothing to gain, 0."""
     if config.host_blocks is not None:
         return config.host_blocks
     if model.device.type == "cpu":
         return 0
-    return min(num_blocks, host_memory_budget() // (config.block_size * _token_bytes(model)))
-
-
-def _token_bytes(model: PreTrainedModel) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    config: Any = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+    return min(num_blocks, host_memory_budget() // block_bytes)

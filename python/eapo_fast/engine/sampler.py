@@ -10,10 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from eapo_fast import _core
+from eapo_fast.engine.limits import context_limit, vocab_size
+from eapo_fast.engine.mode import compute_dtype, sampling_mode
 from eapo_fast.engine.params import Completion, SamplerConfig, SamplingParams
 from eapo_fast.engine.pool import Pool, WeightsVersion, affordable_blocks, host_blocks
 from eapo_fast.engine.session import Rules, Session
-from eapo_fast.engine.support import check_model, context_limit
+from eapo_fast.engine.support import PagedModel, paged_model
 from eapo_fast.engine.vocabulary import Vocabulary
 from eapo_fast.errors import ConfigError
 
@@ -22,14 +24,14 @@ class Sampler:
     """Paged-KV sampler over a transformers causal LM, without a copy of its weights.
 
     Args:
-        model: a `PreTrainedModel` (or a `PeftModel` around one) whose attention goes through
-            transformers' attention interface. All of it lies on one device.
+        model: a `PreTrainedModel` whose attention goes through transformers' attention interface,
+            or a `PeftModel` around one, whose adapters stay unmerged. All of it on one device.
         tokenizer: fast tokenizer; needed only when strings are matched (stop strings, tags).
         config: engine shape.
 
     Raises:
-        ModelError: from the first call, before anything is sampled: the model cannot run on paged
-            attention (found by a short trial forward).
+        ModelError: the model has no LM head. That it cannot run on paged attention is found by a
+            short trial forward before the first sampling.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Sampler:
     ) -> None:
         self.model = model
         self.config = config or SamplerConfig()
-        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.vocab_size = vocab_size(model)
         self.vocabulary = Vocabulary(tokenizer, self.vocab_size) if tokenizer else None
         token_bytes = self.vocabulary.token_bytes if self.vocabulary else [b""] * self.vocab_size
         self._token_bytes = _core.Vocabulary(token_bytes)
@@ -129,22 +131,19 @@ class Sampler:
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         self._check_prompts(prompts)
-        check_model(self.model)
-        pool = self._reserve([len(p) for p in prompts], each, foreign_tokens)
+        paged = paged_model(self.model, self.config.block_size)
+        pool = self._reserve([len(p) for p in prompts], each, foreign_tokens, paged)
         if self._weights.changed():
             pool.blocks.advance_epoch()
-        training = self.model.training
-        self.model.eval()
-        try:
+        with sampling_mode(self.model):
             yield Session(
                 self.model,
                 pool,
                 self._token_bytes,
                 config=self.config,
                 max_context=self.max_context,
+                windows=paged.windows,
             )
-        finally:
-            self.model.train(training)
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         for index, prompt in enumerate(prompts):
@@ -163,7 +162,11 @@ class Sampler:
             )
 
     def _reserve(
-        self, lengths: Sequence[int], params: Sequence[SamplingParams], foreign: int
+        self,
+        lengths: Sequence[int],
+        params: Sequence[SamplingParams],
+        foreign: int,
+        paged: PagedModel,
     ) -> Pool:
         """Have a pool for the rows at hand, as far as memory allows.
 
@@ -177,15 +180,22 @@ class Sampler:
         longest = max(own, default=1)
         least = -(-min(longest + foreign, self.max_context) // size) + 2
         if wanted is None:
-            wanted = max(least, min(self._expected_blocks(lengths, params, foreign), self._most()))
+            most = affordable_blocks(self.model, self._block_bytes(paged))
+            wanted = max(least, min(self._expected_blocks(lengths, params, foreign), most))
         elif wanted * size < longest:
             raise ConfigError(
                 f"num_blocks: got {wanted} blocks of {size} tokens, but a prompt with its "
                 f"max_tokens needs {longest} tokens: allowed is {-(-longest // size)} or more"
             )
-        if self._pool is None or self._pool.blocks.num_blocks < wanted:
-            self._pool = Pool(wanted, size, host_blocks(self.model, self.config, wanted))
-        return self._pool
+        kind = compute_dtype(self.model), self.model.device
+        pool = self._pool
+        if pool is None or pool.blocks.num_blocks < wanted or pool.kind != kind:
+            host = host_blocks(self.model, self.config, wanted, self._block_bytes(paged))
+            pool = self._pool = Pool(wanted, size, host, kind)
+        return pool
+
+    def _block_bytes(self, paged: PagedModel) -> int:
+        return paged.kv_elements * compute_dtype(self.model).itemsize * self.config.block_size
 
     def _expected_blocks(
         self, lengths: Sequence[int], params: Sequence[SamplingParams], foreign: int
@@ -202,9 +212,6 @@ class Sampler:
         )
         shared = sum(-(-length // size) + 1 for length in lengths)
         return sum(rows[: 2 * self.config.max_batch]) + shared
-
-    def _most(self) -> int:
-        return affordable_blocks(self.model, self.config.block_size)
 
 
 def _completion(session: Session, seq: int) -> Completion:

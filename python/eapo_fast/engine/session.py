@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eapo_fast import _core
+from eapo_fast.engine.attention import CallKey
 from eapo_fast.engine.forward import PagedForward
 from eapo_fast.engine.params import SamplerConfig, SamplingParams
 from eapo_fast.engine.pool import Pool
@@ -63,6 +64,7 @@ class Session:
         token_bytes: bytes of every token, empty ones when no strings are matched.
         config: engine shape.
         max_context: most tokens of a sequence.
+        windows: sliding windows that only the model's masks know (see `support`).
     """
 
     def __init__(
@@ -73,10 +75,11 @@ class Session:
         *,
         config: SamplerConfig,
         max_context: int,
+        windows: Mapping[CallKey, int],
     ) -> None:
         self._cache = pool.cache
         self._device = model.device
-        self._forward = PagedForward(model, pool.cache)
+        self._forward = PagedForward(model, pool.cache, windows)
         self.scheduler = _core.Scheduler(
             pool.blocks,
             token_bytes,
