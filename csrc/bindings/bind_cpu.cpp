@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <unordered_set>
@@ -33,7 +34,7 @@ void check_indices(const TensorView& tensor, int64_t limit, const char* what) {
             ", but there are ", limit, " ", what);
 }
 
-// Bans grouped by sample: starts [N + 1] and the ids in that order.
+// Bans grouped by sample: starts [N + 1] and the ids of each sample, ascending.
 std::pair<std::vector<int32_t>, std::vector<int32_t>> grouped_bans(const TensorView& rows,
                                                                    const TensorView& ids,
                                                                    int64_t samples) {
@@ -44,6 +45,8 @@ std::pair<std::vector<int32_t>, std::vector<int32_t>> grouped_bans(const TensorV
   std::vector<int32_t> next(starts.begin(), starts.end() - 1);
   for (int64_t i = 0; i < rows.numel(); ++i)
     grouped[next[rows.as<int32_t>()[i]]++] = ids.as<int32_t>()[i];
+  for (int64_t n = 0; n < samples; ++n)
+    std::sort(grouped.begin() + starts[n], grouped.begin() + starts[n + 1]);
   return {std::move(starts), std::move(grouped)};
 }
 

@@ -6,11 +6,16 @@
 #include <limits>
 #include <new>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/tables.h"
 #include "cpu/targets.h"
+
+#if EAPO_X86
+#include <immintrin.h>
+#endif
 
 namespace eapo::cpu {
 
@@ -44,6 +49,8 @@ float* workspace(int64_t floats) {
 namespace scalar {
 #define EAPO_LANES 4
 #include "cpu/vec-inl.h"
+#include "cpu/logits-inl.h"
+#include "cpu/truncate-inl.h"
 #include "cpu/sample-inl.h"
 #include "cpu/attention-inl.h"
 #undef EAPO_LANES
@@ -54,6 +61,8 @@ EAPO_BEGIN_AVX2
 namespace avx2 {
 #define EAPO_LANES 8
 #include "cpu/vec-inl.h"
+#include "cpu/logits-inl.h"
+#include "cpu/truncate-inl.h"
 #include "cpu/sample-inl.h"
 #include "cpu/attention-inl.h"
 #undef EAPO_LANES
@@ -64,6 +73,8 @@ EAPO_BEGIN_AVX512
 namespace avx512 {
 #define EAPO_LANES 16
 #include "cpu/vec-inl.h"
+#include "cpu/logits-inl.h"
+#include "cpu/truncate-inl.h"
 #include "cpu/sample-inl.h"
 #include "cpu/attention-inl.h"
 #undef EAPO_LANES

@@ -23,7 +23,7 @@ struct SampleArgs {
   const float* min_ps;         // [N], <= 0: off
   const float* uniforms;       // [N] in [0, 1)
   const int32_t* ban_starts;   // [N + 1] range of each sample in ban_ids
-  const int32_t* ban_ids;      // [B] vocabulary ids
+  const int32_t* ban_ids;      // [B] vocabulary ids, ascending within a sample
   int64_t* out_tokens;         // [N]
   float* out_logprobs;         // [N], NaN and token -1 where no finite distribution exists
   float* out_kept;             // [N] probability mass kept by the truncation

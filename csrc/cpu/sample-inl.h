@@ -1,162 +1,5 @@
-// Sampling of one target. A row is never sorted: truncation turns into one threshold on the logits,
-// found from a histogram over (max - x) / temperature and the members of one bucket.
-
-constexpr int64_t kMassBlock = 256;  // entries whose probabilities are summed in fp32
-constexpr int kBuckets = 1024;
-constexpr float kBucketsPerNat = 32.0f;
-
-// A row of logits with its temperature; entries below `threshold` have weight 0.
-struct Row {
-  const float* logits;
-  int64_t size;
-  float max;
-  float inverse_temperature;
-  float threshold = -kInf;
-
-  // exp((x - max) / temperature), not normalised. NaN passes through.
-  EAPO_INLINE F weight(F x) const {
-    const F w = exp_nonpositive((x - max) * inverse_temperature);
-    return x < threshold ? F{} : w;
-  }
-  EAPO_INLINE F at(int64_t begin, int64_t end) const {
-    if (begin + kLanes <= end) return load(logits + begin);
-    return load_first(logits + begin, end - begin, -kInf);
-  }
-};
-
-EAPO_INLINE float row_max(const float* logits, int64_t size) {
-  const Row row{.logits = logits, .size = size, .max = 0, .inverse_temperature = 1};
-  F best = broadcast(-kInf);
-  for (int64_t i = 0; i < size; i += kLanes) best = max(best, row.at(i, size));
-  return reduce_max(best);
-}
-
-// Sums of weights by block of kMassBlock entries; returns the total.
-EAPO_INLINE double block_masses(const Row& row, double* masses) {
-  double total = 0;
-  for (int64_t begin = 0; begin < row.size; begin += kMassBlock) {
-    const int64_t end = std::min(begin + kMassBlock, row.size);
-    F sum = {};
-    for (int64_t i = begin; i < end; i += kLanes) sum += row.weight(row.at(i, end));
-    total += masses[begin / kMassBlock] = reduce_sum(sum);
-  }
-  return total;
-}
-
-EAPO_INLINE I bucket(const Row& row, F x) {
-  const F distance = (row.max - x) * (row.inverse_temperature * kBucketsPerNat);
-  const F last = broadcast(kBuckets - 1);
-  return __builtin_convertvector(distance < last ? distance : last, I);
-}
-
-// fn(logit, bucket, weight) for every entry.
-template <typename Fn>
-EAPO_INLINE void for_each(const Row& row, Fn&& fn) {
-  for (int64_t i = 0; i < row.size; i += kLanes) {
-    const F x = row.at(i, row.size);
-    const F w = row.weight(x);
-    const I b = bucket(row, x);
-    const int64_t count = std::min<int64_t>(kLanes, row.size - i);
-    for (int64_t lane = 0; lane < count; ++lane) fn(x[lane], b[lane], w[lane]);
-  }
-}
-
-struct Histogram {
-  int64_t count[kBuckets] = {};
-  double mass[kBuckets] = {};
-};
-
-struct Entry {
-  float logit;
-  double weight;
-};
-
-// The members of one bucket that are not below the row's threshold, largest logit first.
-inline void bucket_members(const Row& row, int wanted, std::vector<Entry>& members) {
-  members.clear();
-  for_each(row, [&](float x, int b, float w) {
-    if (b == wanted && !(x < row.threshold)) members.push_back({x, w});
-  });
-  std::sort(members.begin(), members.end(),
-            [](const Entry& a, const Entry& b) { return a.logit > b.logit; });
-}
-
-// The k-th largest logit. Sets `mass` to that of all entries at or above it.
-inline float top_k_threshold(const Row& row, const Histogram& histogram, int64_t k, double& mass,
-                             std::vector<Entry>& members) {
-  mass = 0;
-  int b = 0;
-  for (; b < kBuckets - 1 && histogram.count[b] < k; ++b) {
-    k -= histogram.count[b];
-    mass += histogram.mass[b];
-  }
-  bucket_members(row, b, members);
-  const float threshold = members[k - 1].logit;
-  for (const Entry& entry : members)
-    if (entry.logit >= threshold) mass += entry.weight;
-  return threshold;
-}
-
-// The largest logit t such that the entries >= t hold at least `wanted` mass.
-inline float top_p_threshold(const Row& row, const Histogram& histogram, double wanted,
-                             std::vector<Entry>& members) {
-  double mass = 0;
-  int b = 0;
-  for (; b < kBuckets - 1 && mass + histogram.mass[b] < wanted; ++b) mass += histogram.mass[b];
-  bucket_members(row, b, members);
-  for (const Entry& entry : members) {
-    mass += entry.weight;
-    if (mass >= wanted) return entry.logit;
-  }
-  return members.empty() ? row.threshold : members.back().logit;
-}
-
-// Raises row.threshold by top-k, then top-p of what is left, then min-p. Equals stay together.
-inline void truncate(Row& row, int64_t top_k, float top_p, float min_p, double total) {
-  const bool by_count = top_k > 0 && top_k < row.size, by_mass = top_p < 1.0f;
-  if (by_count || by_mass) {
-    Histogram histogram;
-    for_each(row, [&](float, int b, float w) {
-      ++histogram.count[b];
-      histogram.mass[b] += w;
-    });
-    std::vector<Entry> members;
-    if (by_count) row.threshold = top_k_threshold(row, histogram, top_k, total, members);
-    if (by_mass)
-      row.threshold = std::max(row.threshold,
-                               top_p_threshold(row, histogram, top_p * total, members));
-  }
-  if (min_p > 0.0f) {
-    const float cut = row.max + std::log(min_p) / row.inverse_temperature;
-    row.threshold = std::min(row.max, std::max(row.threshold, cut));
-  }
-}
-
-// The first entry whose cumulative mass exceeds u * total.
-inline int64_t invert_cdf(const Row& row, const double* masses, double total, double u) {
-  const double target = u * total;
-  const int64_t blocks = (row.size + kMassBlock - 1) / kMassBlock;
-  double cumulative = 0;
-  int64_t chosen = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    if (masses[b] <= 0) continue;
-    chosen = b;
-    if (cumulative + masses[b] > target || b == blocks - 1) break;
-    cumulative += masses[b];
-  }
-  const int64_t begin = chosen * kMassBlock, end = std::min(begin + kMassBlock, row.size);
-  float weights[kMassBlock + kLanes];
-  for (int64_t i = begin; i < end; i += kLanes)
-    store(weights + i - begin, row.weight(row.at(i, end)));
-  int64_t last = begin;
-  for (int64_t i = begin; i < end; ++i) {
-    if (weights[i - begin] <= 0) continue;
-    last = i;
-    cumulative += weights[i - begin];
-    if (cumulative > target) break;
-  }
-  return last;
-}
+// Sampling of one target. A row is read once for its maximum and its normaliser together; the block
+// that the draw falls into is then read again. Truncation turns into one threshold on the logits.
 
 struct Draw {
   int64_t token;
@@ -166,57 +9,140 @@ struct Draw {
 constexpr Draw kBadDraw = {-1, std::numeric_limits<float>::quiet_NaN(),
                            std::numeric_limits<float>::quiet_NaN()};
 
-inline Draw draw_row(Row row, const SampleArgs& args, int64_t sample, double* masses) {
-  const bool greedy = args.temperatures[sample] == 0.0f;
-  row.inverse_temperature = greedy ? 1.0f : std::min(1.0f / args.temperatures[sample], 1e30f);
-  const double full = block_masses(row, masses);
-  if (!(std::isfinite(row.max) && std::isfinite(full))) return kBadDraw;
-  if (greedy) {
-    const int64_t token = std::find(row.logits, row.logits + row.size, row.max) - row.logits;
-    return {token, static_cast<float>(-std::log(full)), 1.0f};
+// Maximum and masses of the row in one pass: what was summed under a smaller maximum is scaled down
+// when a larger one turns up. Returns the total, which is not finite for a row without distribution.
+template <typename T>
+EAPO_INLINE double first_pass(const Source<T>& source, Row& row) {
+  BlockReader<T> blocks(source);
+  const int64_t count = block_count(source.size);
+  row.max = -kInf;
+  double total = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    const float* block = blocks.at(b);
+    row.maxima[b] = block_max(block);
+    if (row.maxima[b] > row.max) {
+      const double fall = std::exp((double{row.max} - row.maxima[b]) * row.inverse_temperature);
+      row.max = row.maxima[row.max_block = b];
+      if (row.max == kInf) return kInf;
+      for (int64_t i = 0; i < b; ++i) row.masses[i] *= fall;
+      total *= fall;
+    }
+    total += row.masses[b] = block_mass(row, block);
   }
-  truncate(row, args.top_ks[sample], args.top_ps[sample], args.min_ps[sample], full);
-  const bool truncated = row.threshold > -kInf;
-  const double kept = truncated ? block_masses(row, masses) : full;
-  const int64_t token = invert_cdf(row, masses, kept, args.uniforms[sample]);
-  const double scaled = (row.logits[token] - row.max) * row.inverse_temperature;
-  return {token, static_cast<float>(scaled - std::log(kept)), static_cast<float>(kept / full)};
+  return row.max == -kInf ? kInf : total;
+}
+
+// Masses under row.threshold; returns their total.
+template <typename T>
+EAPO_INLINE double truncated_masses(const Source<T>& source, const Row& row) {
+  BlockReader<T> blocks(source);
+  double total = 0;
+  for (int64_t b = 0; b < block_count(source.size); ++b) {
+    row.masses[b] = row.maxima[b] < row.threshold ? 0 : block_mass(row, blocks.at(b));
+    total += row.masses[b];
+  }
+  return total;
+}
+
+// Raises row.threshold by top-k, then top-p of what is left, then min-p. Equals stay together.
+// Returns the mass that is left of `total`.
+template <typename T>
+inline double truncate(const Source<T>& source, Row& row, const SampleArgs& args, int64_t sample,
+                       double total, float* list) {
+  const int64_t top_k = args.top_ks[sample];
+  const float top_p = args.top_ps[sample], min_p = args.min_ps[sample];
+  const bool by_count = top_k > 0 && top_k < source.size, by_mass = top_p < 1.0f;
+  if (by_count) {
+    row.threshold = top_k_threshold(source, row, top_k, list);
+    if (by_mass) total = truncated_masses(source, row);
+  }
+  if (by_mass) row.threshold = top_p_threshold(source, row, top_p, total, list);
+  if (min_p > 0.0f) {
+    const float cut = row.max + std::log(min_p) / row.inverse_temperature;
+    row.threshold = std::min(row.max, std::max(row.threshold, cut));
+  }
+  return row.threshold > -kInf ? truncated_masses(source, row) : total;
+}
+
+// The first entry whose cumulative mass exceeds u * total, and its logit. Where rounding leaves none
+// the last entry with a mass.
+template <typename T>
+EAPO_INLINE std::pair<int64_t, float> invert_cdf(const Source<T>& source, const Row& row,
+                                                 double total, double u) {
+  const double target = u * total;
+  double below = 0, reached = 0;  // mass before the chosen part, and up to where the search is
+  int64_t chosen = row.max_block;
+  for (int64_t b = 0; b < block_count(source.size); ++b) {
+    if (row.masses[b] <= 0) continue;
+    chosen = b;
+    below = reached;
+    reached += row.masses[b];
+    if (reached > target) break;
+  }
+  BlockReader<T> reader(source);
+  const float* block = reader.at(chosen);
+  F weights = {};
+  int64_t first = 0;
+  reached = below;
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    const F candidates = row.weight(load(block + i));
+    const double mass = reduce_sum(candidates);
+    if (mass <= 0) continue;
+    first = i;
+    weights = candidates;
+    below = reached;
+    reached += mass;
+    if (reached > target) break;
+  }
+  int64_t last = first;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (weights[lane] <= 0) continue;
+    last = first + lane;
+    below += weights[lane];
+    if (below > target) break;
+  }
+  return {chosen * kBlock + last, block[last]};
 }
 
 template <typename T>
-EAPO_INLINE void convert_row(const T* from, int64_t size, float* to) {
+EAPO_INLINE int64_t first_maximum(const Source<T>& source, const Row& row) {
+  BlockReader<T> blocks(source);
+  const float* block = blocks.at(row.max_block);
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store(to + i, load(from + i));
-  if (i < size) store_first(to + i, size - i, load_first(from + i, size - i, T{}));
+  while (block[i] != row.max) ++i;
+  return row.max_block * kBlock + i;
 }
 
-// The sample's logits as fp32 with its bans applied; copied to `copy` only when either asks for it.
 template <typename T>
-EAPO_INLINE const float* prepared_logits(const SampleArgs& args, int64_t sample, float* copy) {
-  const T* logits = static_cast<const T*>(args.logits) + args.sample_rows[sample] * args.row_stride;
-  const int32_t ban_begin = args.ban_starts[sample], ban_end = args.ban_starts[sample + 1];
-  if constexpr (std::is_same_v<T, float>)
-    if (ban_begin == ban_end) return logits;
-  convert_row(logits, args.vocab, copy);
-  for (int32_t ban = ban_begin; ban < ban_end; ++ban) copy[args.ban_ids[ban]] = -kInf;
-  return copy;
+inline Draw draw(const Source<T>& source, Row row, const SampleArgs& args, int64_t sample,
+                 float* list) {
+  const float temperature = args.temperatures[sample];
+  row.inverse_temperature = temperature == 0 ? 1.0f : std::min(1.0f / temperature, 1e30f);
+  const double full = first_pass(source, row);
+  if (!std::isfinite(full)) return kBadDraw;
+  if (temperature == 0)
+    return {first_maximum(source, row), static_cast<float>(-std::log(full)), 1.0f};
+  const double kept = truncate(source, row, args, sample, full, list);
+  const auto [token, logit] = invert_cdf(source, row, kept, args.uniforms[sample]);
+  const double scaled = (double{logit} - row.max) / temperature;
+  return {token, static_cast<float>(scaled - std::log(kept)),
+          static_cast<float>(std::min(kept / full, 1.0))};
 }
 
 template <typename T>
 void sample_range(const SampleArgs& args, int64_t begin, int64_t end) {
-  const int64_t blocks = (args.vocab + kMassBlock - 1) / kMassBlock;
-  float* copy = workspace(args.vocab + 2 * blocks + 16);
-  auto* masses = reinterpret_cast<double*>(copy + (args.vocab + 15) / 16 * 16);
+  const int64_t blocks = block_count(args.vocab);
+  float* list = workspace(blocks * kBlock + 3 * blocks + 1);
+  auto* masses = reinterpret_cast<double*>(list + blocks * kBlock);
+  const Row row{.masses = masses, .maxima = reinterpret_cast<float*>(masses + blocks)};
   for (int64_t sample = begin; sample < end; ++sample) {
-    const float* logits = prepared_logits<T>(args, sample, copy);
-    const Row row{.logits = logits,
-                  .size = args.vocab,
-                  .max = row_max(logits, args.vocab),
-                  .inverse_temperature = 1};
-    const Draw draw = draw_row(row, args, sample, masses);
-    args.out_tokens[sample] = draw.token;
-    args.out_logprobs[sample] = draw.logprob;
-    args.out_kept[sample] = draw.kept;
+    const Source<T> source{
+        static_cast<const T*>(args.logits) + args.sample_rows[sample] * args.row_stride, args.vocab,
+        args.ban_ids + args.ban_starts[sample], args.ban_ids + args.ban_starts[sample + 1]};
+    const Draw drawn = draw(source, row, args, sample, list);
+    args.out_tokens[sample] = drawn.token;
+    args.out_logprobs[sample] = drawn.logprob;
+    args.out_kept[sample] = drawn.kept;
   }
 }
 

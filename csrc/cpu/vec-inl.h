@@ -64,6 +64,23 @@ EAPO_INLINE void store_first(T* p, int64_t n, F v) {
   for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
 }
 
+// Stores the lanes where `mask` is set one after another and returns their number; up to kLanes
+// floats from p on are overwritten.
+EAPO_INLINE int64_t store_selected(float* p, F v, I mask) {
+#if EAPO_LANES == 16
+  const __mmask16 bits = _mm512_movepi32_mask((__m512i)mask);
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(bits, (__m512)v));
+  return __builtin_popcount(bits);
+#else
+  int64_t count = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    p[count] = v[i];
+    count -= mask[i];
+  }
+  return count;
+#endif
+}
+
 // Of a NaN and a number the number survives.
 EAPO_INLINE F max(F a, F b) { return b > a ? b : a; }
 
@@ -88,22 +105,20 @@ EAPO_INLINE float reduce_sum(F v) {
   return v[0];
 }
 
-// exp(x) for x <= 0 within 2 ulp; exp(0) is exactly 1, below -87 it is 0, NaN stays NaN.
+// exp(x) for x <= 0 within 1 ulp; exp(0) is exactly 1, below -87 it is 0, NaN stays NaN.
 // Argument reduction by ln 2 and the minimax polynomial of the Cephes library.
 EAPO_INLINE F exp_nonpositive(F x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const F n = (x * 1.44269504f + kRound) - kRound;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  const F shifted = x * 1.44269504f + kRound;
+  const F n = shifted - kRound;
   const F r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  F p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const F in_range = x < -87.0f ? F{} : n;
-  const I exponent = (__builtin_convertvector(in_range, I) + 127) << 23;
-  return x < -87.0f ? F{} : p * (F)exponent;
+  const F square = r * r;
+  F p = (r * 1.9875691500e-4f + 1.3981999507e-3f) * square +
+        (r * 8.3334519073e-3f + 4.1665795894e-2f);
+  p = p * square + (r * 1.6666665459e-1f + 5.0000001201e-1f);
+  p = p * square + r + 1.0f;
+  const I power = ((I)shifted << 23) + (127 << 23);
+  return x < -87.0f ? F{} : p * (F)power;
 }
 
 EAPO_INLINE float exp_nonpositive(float x) { return exp_nonpositive(broadcast(x))[0]; }

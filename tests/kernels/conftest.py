@@ -1,8 +1,22 @@
-"""Makes the oracles importable from the tests beside them."""
+"""Makes the oracles importable from the tests beside them, and runs tests on every ISA."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from eapo_fast import _core
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(params=_core.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once for every instruction set of this CPU."""
+    before = _core.isa()
+    _core.set_isa(request.param)
+    yield request.param
+    _core.set_isa(before)

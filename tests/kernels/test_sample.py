@@ -2,69 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from torch import Tensor
+from sample_cases import TRUNCATIONS, draw, random_logits, random_uniforms
 
 from eapo_fast import _core
-from eapo_fast.kernels.sample import Draws, sample
-
-TRUNCATIONS = {
-    "none": {},
-    "top_k": {"top_k": 5},
-    "top_k_one": {"top_k": 1},
-    "top_p": {"top_p": 0.8},
-    "top_p_zero": {"top_p": 0.0},
-    "min_p": {"min_p": 0.1},
-    "all": {"top_k": 40, "top_p": 0.9, "min_p": 0.01},
-}
-
-
-@pytest.fixture(params=_core.supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test once for every instruction set of this CPU."""
-    before = _core.isa()
-    _core.set_isa(request.param)
-    yield request.param
-    _core.set_isa(before)
-
-
-def draw(
-    logits: Tensor,
-    *,
-    uniforms: Tensor,
-    rows: Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    banned: tuple[list[int], list[int]] = ([], []),
-    backend: str = "cpu",
-) -> Draws:
-    """Sample with one setting for all samples."""
-    count = len(uniforms)
-    return sample(
-        logits,
-        rows=torch.arange(count, dtype=torch.int32) if rows is None else rows,
-        uniforms=uniforms,
-        temperatures=torch.full((count,), temperature),
-        top_ks=torch.full((count,), top_k, dtype=torch.int32),
-        top_ps=torch.full((count,), top_p),
-        min_ps=torch.full((count,), min_p),
-        banned=tuple(torch.tensor(part, dtype=torch.int32) for part in banned),  # type: ignore[arg-type]
-        backend=backend,
-    )
-
-
-def random_logits(rows: int, vocab: int, *, spread: float = 3.0) -> Tensor:
-    generator = torch.Generator().manual_seed(rows * 1000 + vocab)
-    return torch.randn(rows, vocab, generator=generator) * spread
-
-
-def random_uniforms(count: int, seed: int = 0) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+from eapo_fast.kernels.sample import Draws
 
 
 def assert_same_draws(got: Draws, want: Draws) -> None:
@@ -145,20 +88,28 @@ def test_ties_stay_together(isa: str) -> None:
         torch.testing.assert_close(got.logprobs.exp(), torch.full((64,), 1 / 3))
 
 
-@pytest.mark.parametrize("truncation", TRUNCATIONS)
-def test_chi_square(isa: str, truncation: str) -> None:
-    """Draws with independent uniforms follow the truncated distribution (p = 1e-4 bound)."""
-    logits, settings = random_logits(1, 23, spread=1.0), TRUNCATIONS[truncation]
-    count = 20_000
-    rows = torch.zeros(count, dtype=torch.int32)
-    got = draw(logits, uniforms=random_uniforms(count, 7), rows=rows, **settings)  # type: ignore[arg-type]
-    expected = torch.zeros(23).index_put((got.tokens,), got.logprobs.exp())
-    assert expected.sum() == pytest.approx(1.0, abs=1e-4)
-    kept = expected > 0
-    counts = torch.bincount(got.tokens, minlength=23)[kept]
-    chi2 = ((counts - count * expected[kept]) ** 2 / (count * expected[kept])).sum().item()
-    freedom = int(kept.sum()) - 1
-    assert chi2 <= freedom + 4 * (2 * freedom) ** 0.5 + 10
+HARD_ROWS = {
+    "all equal": lambda x: x * 0 + 7,
+    "two values": lambda x: (x > 0).float(),
+    "few finite": lambda x: x.where(x > 3, -torch.inf),
+    "mostly masked": lambda x: x.where(x > 2, -1e9),
+    "wide": lambda x: x * 1e30,
+    "widest": lambda x: torch.sign(x) * torch.finfo(torch.float32).max,
+    "narrow": lambda x: 1 + x * 1e-7,
+    "tiny": lambda x: x * 1e-40,
+}
+
+
+@pytest.mark.parametrize("kind", HARD_ROWS)
+def test_truncation_of_hard_rows(isa: str, kind: str) -> None:
+    """The kept set is the reference's."""
+    logits, uniforms = HARD_ROWS[kind](random_logits(9, 3001, spread=1.0)), random_uniforms(9)
+    settings = [{"top_k": k} for k in (1, 2, 33, 700, 3000)] + [{"top_p": p} for p in (1e-6, 0.5)]
+    for setting in settings:
+        want = draw(logits.double(), uniforms=uniforms, backend="reference", **setting)  # type: ignore[arg-type]
+        got = draw(logits, uniforms=uniforms, **setting)  # type: ignore[arg-type]
+        torch.testing.assert_close(got.kept_mass.double(), want.kept_mass, rtol=0, atol=2e-5)
+        torch.testing.assert_close(got.logprobs.double(), want.logprobs, rtol=0, atol=2e-5)
 
 
 def test_uniform_selects_by_vocabulary_order(isa: str) -> None:
