@@ -44,10 +44,6 @@ class PagedCache:
             )
         return held
 
-    def storages(self) -> tuple[int, ...]:
-        """Return the addresses of all blocks, which a captured forward reads and writes."""
-        return tuple(x.data_ptr() for pair in self._layers.values() for x in pair)
-
     def copy(self, pairs: Tensor) -> None:
         """Copy whole blocks, `pairs` [C, 2] int32 of (source, destination), in every layer."""
         for keys, values in self._layers.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from inspect import signature
 from typing import Any
 
@@ -105,16 +105,16 @@ def _odd_layers(model: PreTrainedModel) -> Iterator[str]:
 
 
 def _silent_layers(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> Iterator[str]:
-    """Attention classes of which no part called transformers' attention interface."""
+    """Attention modules of which no part called transformers' attention interface."""
     called = {call.module for call in calls}
-    silent = _classes(
-        m
-        for m in model.modules()
-        if "attention" in type(m).__name__.lower()
-        and called.isdisjoint(type(part).__name__ for part in m.modules())
-    )
+    silent: dict[str, torch.nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in silent)
+        attends = "attention" in type(module).__name__.lower()
+        if attends and not inside and called.isdisjoint(module.modules()):
+            silent[path] = module
     if silent:
-        yield f"{silent} does not go through transformers' attention interface"
+        yield f"{_classes(silent.values())} does not go through transformers' attention interface"
 
 
 def _odd_forward(model: PreTrainedModel) -> Iterator[str]:
@@ -130,7 +130,7 @@ def _has_alibi(config: Any, modules: Sequence[torch.nn.Module]) -> bool:
     return bool(named) or any(hasattr(m, "build_alibi_tensor") for m in modules)
 
 
-def _classes(modules: Iterator[torch.nn.Module]) -> str:
+def _classes(modules: Iterable[torch.nn.Module]) -> str:
     """Return the names of the modules' classes, without those of whole models."""
     parts = (m for m in modules if not isinstance(m, PreTrainedModel))
     return ", ".join(sorted({type(m).__name__ for m in parts}))

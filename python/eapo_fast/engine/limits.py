@@ -27,9 +27,7 @@ def context_limit(model: PreTrainedModel) -> int:
     limit = int(next((n for n in named if n and n > 0), NO_LIMIT))
     for rope in _ropes(config):
         kind = rope.get("rope_type") or rope.get("type")
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
+        original = rope.get("original_max_position_embeddings")
         if kind == "yarn" and original and rope.get("factor"):
             limit = max(limit, int(original * rope["factor"]))
         elif kind == "longrope" and original:

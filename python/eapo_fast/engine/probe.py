@@ -31,8 +31,7 @@ class AttentionCall:
     """One attention call of a forward."""
 
     key: CallKey
-    module: str
-    """Class of the attention module."""
+    module: torch.nn.Module
     kv_heads: int
     width: int
     """Width of the keys, or of the values where these are wider."""
@@ -99,7 +98,7 @@ def _record_call(
         window, problem = _seen(recording, module, attention_mask, sliding_window or 0, others)
         call = AttentionCall(
             key=recording.counter.key(module),
-            module=type(module).__name__,
+            module=module,
             kv_heads=key.shape[1],
             width=max(key.shape[-1], value.shape[-1]),
             window=window,

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from eapo_fast.engine.attention import CallKey, PagedStep, paged_logits
 from eapo_fast.engine.cache import PagedCache
+from eapo_fast.engine.fingerprint import structure
 from eapo_fast.engine.inspection import base_model, blockers, suspects
 from eapo_fast.engine.limits import context_limit, vocab_size
 from eapo_fast.engine.mode import compute_dtype, sampling_mode
-from eapo_fast.engine.probe import AttentionCall, attention_calls
+from eapo_fast.engine.probe import attention_calls
 from eapo_fast.errors import ModelError
 
 TOLERANCE: dict[torch.dtype, float] = {
@@ -65,7 +66,7 @@ def paged_model(model: PreTrainedModel, block_size: int = 16) -> PagedModel:
     refusals = blockers(model)
     if refusals:
         raise _refused(model, "; ".join(refusals))
-    state = _fingerprint(model, block_size)
+    state = block_size, structure(model)
     tried = _tried.get(model)
     if tried is None or tried[0] != state:
         with sampling_mode(model):
@@ -76,25 +77,14 @@ def paged_model(model: PreTrainedModel, block_size: int = 16) -> PagedModel:
     return tried[1]
 
 
-def _fingerprint(model: PreTrainedModel, block_size: int) -> object:
-    """Return what, when it changes, calls for another trial."""
-    config = model.config
-    return (
-        block_size,
-        repr(config.to_dict()),
-        config.get_text_config()._attn_implementation,
-        tuple(type(module) for module in model.modules()),
-        frozenset((p.dtype, p.device) for p in model.parameters()),
-        compute_dtype(model),
-    )
-
-
 def _try(model: PreTrainedModel, block_size: int) -> PagedModel:
     size = vocab_size(model)
     sequences = _sequences(model, size, block_size)
     own = [_own_logits(model, sequence) for sequence in sequences]
     calls = attention_calls(model, sequences[0].unsqueeze(0), context_limit(model))
-    problems = [f"layer {c.key[0]} ({c.module}): {c.problem}" for c in calls if c.problem]
+    problems = [
+        f"layer {c.key[0]} ({type(c.module).__name__}): {c.problem}" for c in calls if c.problem
+    ]
     if problems:
         raise _refused(model, "; ".join(problems))
     windows = {call.key: call.window for call in calls if call.window and not call.told}
