@@ -43,6 +43,7 @@ class Sampler:
         text_config = model.config.get_text_config()
         self.max_context = int(getattr(text_config, "max_position_embeddings", None) or 1 << 20)
         self._cache: PagedCache | None = None
+        self._pool: _core.KvPool | None = None
         _core.set_num_threads(torch.get_num_threads())
         if not getattr(model, "_supports_attention_backend", False):
             raise ModelError(
@@ -109,18 +110,25 @@ class Sampler:
         self._check_prompts(prompts)
         self._reserve([len(p) for p in prompts], params, foreign_tokens)
         assert self._cache is not None
+        assert self._pool is not None
+        self._pool.advance_epoch()  # the weights may have changed since the last session
         training = self.model.training
         self.model.eval()
         try:
-            yield Session(
+            session = Session(
                 self.model,
                 self._cache,
+                self._pool,
                 self.vocabulary,
                 max_batch=self.config.max_batch,
                 max_prefill_tokens=self.config.max_prefill_tokens,
                 max_context=self.max_context,
                 vocab_size=self.vocab_size,
             )
+            try:
+                yield session
+            finally:
+                session.scheduler.clear()
         finally:
             self.model.train(training)
 
@@ -150,6 +158,7 @@ class Sampler:
             wanted = max(least, min(own + shared, self._affordable_blocks()))
         if self._cache is None or self._cache.num_blocks < wanted:
             self._cache = PagedCache(wanted, size)
+            self._pool = _core.KvPool(wanted, size)
 
     def _affordable_blocks(self) -> int:
         config = self.model.config.get_text_config()

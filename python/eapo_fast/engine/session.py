@@ -58,7 +58,8 @@ class Session:
 
     Args:
         model: causal LM in eval mode; its parameters are used as they are.
-        cache: KV pool; nobody else may use it while the session runs.
+        cache: KV tensors; nobody else may use them while the session runs.
+        pool: the bookkeeping of their blocks.
         vocabulary: token bytes, or None when no strings are matched.
         max_batch: rows decoded at once.
         max_prefill_tokens: prompt and injected tokens of one step.
@@ -70,6 +71,7 @@ class Session:
         self,
         model: PreTrainedModel,
         cache: PagedCache,
+        pool: _core.KvPool,
         vocabulary: Vocabulary | None,
         *,
         max_batch: int,
@@ -82,12 +84,11 @@ class Session:
         self._device = model.device
         token_bytes = vocabulary.token_bytes if vocabulary else [b""] * vocab_size
         self.scheduler = _core.Scheduler(
-            cache.num_blocks,
-            cache.block_size,
-            max_batch,
-            max_batch + max_prefill_tokens,
-            max_context,
-            token_bytes,
+            pool,
+            _core.Vocabulary(token_bytes),
+            max_batch=max_batch,
+            max_step_tokens=max_batch + max_prefill_tokens,
+            max_context=max_context,
         )
         self._rules: dict[Rules, int] = {}
         self.unfinished: set[int] = set()
