@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -13,9 +14,11 @@
 #include "core/block_allocator.h"
 #include "core/error.h"
 #include "core/keyed_draw.h"
+#include "core/kv_pool.h"
 #include "core/philox.h"
 #include "core/scheduler.h"
 #include "core/tag_matcher.h"
+#include "core/vocabulary.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -79,8 +82,9 @@ void bind_allocator(py::module_& m) {
   py::class_<BlockAllocator>(m, "BlockAllocator")
       .def(py::init<int, int>(), "num_blocks"_a, "block_size"_a)
       .def("allocate", &BlockAllocator::allocate)
+      .def("reuse", &BlockAllocator::reuse, "block"_a)
       .def("share", &BlockAllocator::share, "block"_a)
-      .def("release", &BlockAllocator::release, "block"_a)
+      .def("release", &BlockAllocator::release, "block"_a, "keep"_a = false)
       .def("ref_count", &BlockAllocator::ref_count, "block"_a)
       .def("check", &BlockAllocator::check)
       .def_property_readonly("num_free", &BlockAllocator::num_free)
@@ -88,14 +92,37 @@ void bind_allocator(py::module_& m) {
       .def_property_readonly("block_size", &BlockAllocator::block_size);
 }
 
+void bind_pool(py::module_& m) {
+  py::class_<KvPool, std::shared_ptr<KvPool>>(m, "KvPool")
+      .def(py::init<int, int, int>(), "num_blocks"_a, "block_size"_a, "host_blocks"_a = 0)
+      .def("advance_epoch", &KvPool::advance_epoch)
+      .def("check", &KvPool::check)
+      .def_property_readonly("epoch", &KvPool::epoch)
+      .def_property_readonly("num_blocks", &KvPool::num_blocks)
+      .def_property_readonly("block_size", &KvPool::block_size)
+      .def_property_readonly("num_free", &KvPool::num_free)
+      .def_property_readonly("num_cached", &KvPool::num_published)
+      .def_property_readonly("host_blocks", &KvPool::host_blocks)
+      .def_property_readonly("num_host_free", &KvPool::num_host_free);
+}
+
+// Shared with schedulers and matchers, which never change it.
+void bind_vocabulary(py::module_& m) {
+  py::class_<Vocabulary, std::shared_ptr<Vocabulary>>(m, "Vocabulary")
+      .def(py::init([](const std::vector<py::bytes>& token_bytes) {
+             return std::make_shared<Vocabulary>(to_strings(token_bytes));
+           }),
+           "token_bytes"_a)
+      .def("__len__", &Vocabulary::size);
+}
+
 void bind_matcher(py::module_& m) {
   py::class_<TagMatcher>(m, "TagMatcher")
       .def(py::init([](const std::vector<py::bytes>& patterns,
-                       const std::vector<py::bytes>& token_bytes) {
-             auto vocabulary = std::make_shared<const Vocabulary>(to_strings(token_bytes));
-             return TagMatcher(to_strings(patterns), std::move(vocabulary));
+                       const std::shared_ptr<Vocabulary>& vocabulary) {
+             return TagMatcher(to_strings(patterns), vocabulary);
            }),
-           "patterns"_a, "token_bytes"_a)
+           "patterns"_a, py::arg("vocabulary").none(false))
       .def_property_readonly("root", [](const TagMatcher&) { return TagMatcher::kRoot; })
       .def("advance",
            [](const TagMatcher& matcher, TagMatcher::Node state, TokenId token) {
@@ -126,9 +153,12 @@ py::array block_tables(const py::object& self) {
   return look(self, plan.block_tables, {plan.num_rows(), plan.table_width});
 }
 
-py::array copies(const py::object& self) {
-  const auto& plan = self.cast<const StepPlan&>();
-  return look(self, plan.copies, {static_cast<py::ssize_t>(plan.copies.size() / 2), 2});
+template <class T>
+auto pairs(std::vector<T> StepPlan::*field) {
+  return [field](const py::object& self) {
+    const auto& values = self.cast<const StepPlan&>().*field;
+    return look(self, values, {static_cast<py::ssize_t>(values.size() / 2), 2});
+  };
 }
 
 void bind_plan(py::module_& m) {
@@ -140,7 +170,13 @@ void bind_plan(py::module_& m) {
       .def_property_readonly("cu_q", flat(&StepPlan::cu_q))
       .def_property_readonly("kv_lens", flat(&StepPlan::kv_lens))
       .def_property_readonly("block_tables", block_tables)
-      .def_property_readonly("copies", copies)
+      .def_property_readonly("swap_out", pairs(&StepPlan::swap_out))
+      .def_property_readonly("swap_in", pairs(&StepPlan::swap_in))
+      .def_property_readonly("copies", pairs(&StepPlan::copies))
+      .def_property_readonly("shared_spans", pairs(&StepPlan::shared_spans))
+      .def_property_readonly("shared_lens", flat(&StepPlan::shared_lens))
+      .def_readonly("max_q_len", &StepPlan::max_q_len)
+      .def_readonly("max_kv_len", &StepPlan::max_kv_len)
       .def_property_readonly("logits_rows", flat(&StepPlan::logits_rows))
       .def_property_readonly("sample_rows", flat(&StepPlan::sample_rows))
       .def_property_readonly("sample_seqs", flat(&StepPlan::sample_seqs))
@@ -181,7 +217,7 @@ int add_rules(Scheduler& scheduler, std::vector<TokenId> stop_token_ids,
 std::vector<SeqId> add_group(Scheduler& scheduler, const std::vector<TokenId>& prompt, int n,
                              int rules, int max_tokens, float temperature, int top_k, float top_p,
                              float min_p, const py::int_& seed, const py::int_& step,
-                             const py::int_& prompt_id) {
+                             const py::int_& prompt_id, std::vector<float> temperature_schedule) {
   return scheduler.add_group(prompt, n, rules,
                              {.max_tokens = max_tokens,
                               .temperature = temperature,
@@ -190,13 +226,16 @@ std::vector<SeqId> add_group(Scheduler& scheduler, const std::vector<TokenId>& p
                               .min_p = min_p,
                               .seed = to_u64(seed, "seed"),
                               .step = to_i64(step, "step"),
-                              .prompt_id = to_i64(prompt_id, "prompt_id")});
+                              .prompt_id = to_i64(prompt_id, "prompt_id"),
+                              .temperature_schedule = std::move(temperature_schedule)});
 }
 
 std::vector<Event> commit(Scheduler& scheduler, const Vector<std::int64_t>& tokens,
                           const Vector<float>& logprobs, const Vector<float>& kept_mass) {
-  return scheduler.commit(view(tokens, "tokens"), view(logprobs, "logprobs"),
-                          view(kept_mass, "kept_mass"));
+  const auto ids = view(tokens, "tokens");
+  const auto scores = view(logprobs, "logprobs"), kept = view(kept_mass, "kept_mass");
+  const py::gil_scoped_release unlocked;
+  return scheduler.commit(ids, scores, kept);
 }
 
 py::dict bans(const Sequence& row) {
@@ -225,29 +264,33 @@ py::dict tokens(const Scheduler& scheduler, SeqId seq) {
 
 py::dict stats(const Scheduler& scheduler) {
   const SchedulerStats now = scheduler.stats();
-  return py::dict("free_blocks"_a = now.free_blocks, "running"_a = now.running,
-                  "waiting"_a = now.waiting, "parked"_a = now.parked,
-                  "preemptions"_a = now.preemptions, "prefill_tokens"_a = now.prefill_tokens,
-                  "decode_tokens"_a = now.decode_tokens, "shared_blocks"_a = now.shared_blocks,
-                  "copied_blocks"_a = now.copied_blocks);
+  return py::dict(
+      "free_blocks"_a = now.free_blocks, "free_host_blocks"_a = now.free_host_blocks,
+      "running"_a = now.running, "waiting"_a = now.waiting, "parked"_a = now.parked,
+      "preemptions"_a = now.preemptions, "prefill_tokens"_a = now.prefill_tokens,
+      "decode_tokens"_a = now.decode_tokens, "prefix_hit_tokens"_a = now.blocks.hit_tokens,
+      "shared_blocks"_a = now.blocks.shared_blocks, "copied_blocks"_a = now.blocks.copied_blocks,
+      "evicted_blocks"_a = now.evicted_blocks,
+      "swapped_out_blocks"_a = now.blocks.swapped_out_blocks,
+      "swapped_in_blocks"_a = now.blocks.swapped_in_blocks);
 }
 
 void bind_scheduler(py::module_& m) {
   py::class_<Scheduler>(m, "Scheduler")
-      .def(py::init([](int num_blocks, int block_size, int max_batch, int max_step_tokens,
-                       int max_context, const std::vector<py::bytes>& token_bytes) {
-             return Scheduler({num_blocks, block_size, max_batch, max_step_tokens, max_context},
-                              to_strings(token_bytes));
+      .def(py::init([](std::shared_ptr<KvPool> pool, const std::shared_ptr<Vocabulary>& vocabulary,
+                       int max_batch, int max_step_tokens, int max_context, bool prefix_cache) {
+             const SchedulerConfig config{max_batch, max_step_tokens, max_context, prefix_cache};
+             return std::make_unique<Scheduler>(std::move(pool), vocabulary, config);
            }),
-           "num_blocks"_a, "block_size"_a, "max_batch"_a, "max_step_tokens"_a, "max_context"_a,
-           "token_bytes"_a)
+           py::arg("pool").none(false), py::arg("vocabulary").none(false), "max_batch"_a,
+           "max_step_tokens"_a, "max_context"_a, "prefix_cache"_a = true)
       .def("add_rules", &add_rules, "stop_token_ids"_a = py::tuple(),
            "stop_patterns"_a = py::tuple(), "park_patterns"_a = py::tuple(),
            "banned_token_ids"_a = py::tuple(), "banned_patterns"_a = py::tuple())
       .def("add_group", &add_group, "prompt"_a, "n"_a, "rules"_a, "max_tokens"_a,
            "temperature"_a = 1.0F, "top_k"_a = 0, "top_p"_a = 1.0F, "min_p"_a = 0.0F, "seed"_a = 0,
-           "step"_a = 0, "prompt_id"_a = 0)
-      .def("plan", &Scheduler::plan)
+           "step"_a = 0, "prompt_id"_a = 0, "temperature_schedule"_a = py::tuple())
+      .def("plan", &Scheduler::plan, py::call_guard<py::gil_scoped_release>())
       .def("commit", &commit, "tokens"_a, "logprobs"_a, "kept_mass"_a)
       .def("inject",
            [](Scheduler& scheduler, SeqId seq, const std::vector<TokenId>& ids) {
@@ -256,8 +299,11 @@ void bind_scheduler(py::module_& m) {
            "seq"_a, "ids"_a)
       .def("finish", &Scheduler::finish, "seq"_a, "reason"_a)
       .def("set_rules", &Scheduler::set_rules, "seq"_a, "rules"_a)
+      .def("expect_wait", &Scheduler::expect_wait, "seq"_a, "seconds"_a)
+      .def("set_prefill_rate", &Scheduler::set_prefill_rate, "tokens_per_second"_a)
       .def("tokens", &tokens, "seq"_a)
       .def("release", &Scheduler::release, "seq"_a)
+      .def("clear", &Scheduler::clear)
       .def("stats", &stats)
       .def("check", &Scheduler::check);
 }
@@ -267,6 +313,8 @@ void bind_scheduler(py::module_& m) {
 void bind_core(py::module_& m) {
   bind_random(m);
   bind_allocator(m);
+  bind_pool(m);
+  bind_vocabulary(m);
   bind_matcher(m);
   bind_plan(m);
   bind_event(m);

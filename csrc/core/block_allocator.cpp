@@ -1,30 +1,46 @@
 #include "block_allocator.h"
 
-#include <numeric>
-
 #include "error.h"
 
 namespace eapo {
 
-BlockAllocator::BlockAllocator(int num_blocks, int block_size)
-    : block_size_(block_size), num_free_(num_blocks), free_head_(0) {
+BlockAllocator::BlockAllocator(int num_blocks, int block_size) : block_size_(block_size) {
   require(num_blocks >= 1, "num_blocks must be >= 1, got ", num_blocks);
   require(block_size >= 1, "block_size must be >= 1, got ", block_size);
   refs_.assign(num_blocks, 0);
-  next_free_.resize(num_blocks);
-  std::iota(next_free_.begin(), next_free_.end(), 1);
-  next_free_.back() = kNone;
+  previous_.assign(num_blocks + 1, ends());
+  next_.assign(num_blocks + 1, ends());
+  for (BlockId block = 0; block < num_blocks; ++block) link(block, previous_[ends()], ends());
+}
+
+void BlockAllocator::link(BlockId block, BlockId before, BlockId after) {
+  next_[before] = previous_[after] = block;
+  previous_[block] = before;
+  next_[block] = after;
+  ++num_free_;
+}
+
+void BlockAllocator::unlink(BlockId block) {
+  next_[previous_[block]] = next_[block];
+  previous_[next_[block]] = previous_[block];
+  --num_free_;
 }
 
 BlockId BlockAllocator::allocate() {
-  if (free_head_ == kNone) {
+  const BlockId block = next_[ends()];
+  if (block == ends()) {
     throw OutOfBlocks(join("all ", num_blocks(), " blocks are in use; release some first"));
   }
-  const BlockId block = free_head_;
-  free_head_ = next_free_[block];
+  unlink(block);
   refs_[block] = 1;
-  --num_free_;
   return block;
+}
+
+void BlockAllocator::reuse(BlockId block) {
+  require_known(block);
+  require(refs_[block] == 0, "cannot reuse block ", block, ": it has ", refs_[block], " owners");
+  unlink(block);
+  refs_[block] = 1;
 }
 
 void BlockAllocator::share(BlockId block) {
@@ -32,12 +48,14 @@ void BlockAllocator::share(BlockId block) {
   ++refs_[block];
 }
 
-void BlockAllocator::release(BlockId block) {
+void BlockAllocator::release(BlockId block, bool keep) {
   require_used(block, "release");
   if (--refs_[block] > 0) return;
-  next_free_[block] = free_head_;
-  free_head_ = block;
-  ++num_free_;
+  if (keep) {
+    link(block, previous_[ends()], ends());
+  } else {
+    link(block, ends(), next_[ends()]);
+  }
 }
 
 int BlockAllocator::ref_count(BlockId block) const {
@@ -45,12 +63,24 @@ int BlockAllocator::ref_count(BlockId block) const {
   return refs_[block];
 }
 
+std::vector<BlockId> BlockAllocator::free_blocks() const {
+  std::vector<BlockId> blocks;
+  for (BlockId block = next_[ends()]; block != ends(); block = next_[block]) {
+    blocks.push_back(block);
+  }
+  return blocks;
+}
+
 void BlockAllocator::check() const {
   int walked = 0;
-  for (BlockId block = free_head_; block != kNone; block = next_free_[block]) {
+  BlockId before = ends();
+  for (BlockId block = next_[ends()]; block != ends(); block = next_[block]) {
     ensure(refs_[block] == 0, "free block ", block, " has ", refs_[block], " owners");
+    ensure(previous_[block] == before, "the free list is broken at block ", block);
     ensure(++walked <= num_blocks(), "the free list has a cycle");
+    before = block;
   }
+  ensure(previous_[ends()] == before, "the free list is broken at its end");
   ensure(walked == num_free_, "the free list has ", walked, " blocks, not ", num_free_);
 }
 

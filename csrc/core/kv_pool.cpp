@@ -1,92 +1,86 @@
 #include "kv_pool.h"
 
 #include <algorithm>
+#include <numeric>
+
+#include "error.h"
 
 namespace eapo {
 
-bool KvPool::writes_shared_block(const Sequence& row) const {
-  return row.computed % block_size() != 0 && allocator_.ref_count(row.blocks.back()) > 1;
+KvPool::KvPool(int num_blocks, int block_size, int host_blocks)
+    : allocator_(num_blocks, block_size), index_(num_blocks, block_size) {
+  require(host_blocks >= 0, "host_blocks must be >= 0, got ", host_blocks);
+  host_used_.assign(host_blocks, 0);
+  host_free_.resize(host_blocks);
+  std::iota(host_free_.rbegin(), host_free_.rend(), 0);
 }
 
-int KvPool::blocks_needed(const Sequence& row, int end) const {
-  return blocks_for(end) - static_cast<int>(row.blocks.size()) + (writes_shared_block(row) ? 1 : 0);
-}
-
-int KvPool::reachable(const Sequence& row) const {
-  const int fresh = num_free() - (writes_shared_block(row) ? 1 : 0);
-  return fresh < 0 ? row.computed : (static_cast<int>(row.blocks.size()) + fresh) * block_size();
-}
-
-void KvPool::extend(Sequence& row, int end, std::vector<BlockId>& copies) {
-  if (writes_shared_block(row)) {
-    const BlockId source = row.blocks.back();
-    row.blocks.back() = allocator_.allocate();
-    copies.insert(copies.end(), {source, row.blocks.back()});
-    copied_from_.push_back(source);
-    allocator_.release(source);
-    ++blocks_copied_;
+BlockId KvPool::allocate() {
+  const BlockId block = allocator_.allocate();
+  if (index_.contains(block)) {
+    evictions_ += index_.epoch(block) == epoch_;
+    index_.remove(block);
   }
-  for (int have = static_cast<int>(row.blocks.size()); have < blocks_for(end); ++have) {
-    row.blocks.push_back(allocator_.allocate());
-  }
+  return block;
 }
 
-// All copies of a step may run at once, so no block may be source and destination in one step.
-void KvPool::release(BlockId block) {
-  const bool last = allocator_.ref_count(block) == 1;
-  if (last && std::ranges::find(copied_from_, block) != copied_from_.end()) {
-    withheld_.push_back(block);
+void KvPool::take(BlockId block) {
+  if (allocator_.ref_count(block) == 0) {
+    allocator_.reuse(block);
   } else {
-    allocator_.release(block);
+    allocator_.share(block);
   }
 }
 
-void KvPool::end_plan() {
-  for (const BlockId block : withheld_) allocator_.release(block);
-  withheld_.clear();
-  copied_from_.clear();
+void KvPool::release(BlockId block) { allocator_.release(block, index_.contains(block)); }
+
+BlockId KvPool::find(BlockId parent, std::span<const TokenId> tokens) const {
+  return index_.find(parent, tokens, epoch_);
 }
 
-bool KvPool::trim(Sequence& victim, const Sequence& row, int end, bool shared) {
-  const std::size_t before = victim.blocks.size();
-  while (!victim.blocks.empty() && shortfall(row, end) > 0) {
-    if (!shared && allocator_.ref_count(victim.blocks.back()) > 1) break;
-    release(victim.blocks.back());
-    victim.blocks.pop_back();
+BlockId KvPool::publish(BlockId block, BlockId parent, std::span<const TokenId> tokens) {
+  const BlockId known = find(parent, tokens);
+  if (known != kNoBlock) return known;
+  index_.add(block, parent, tokens, epoch_);
+  return block;
+}
+
+std::optional<BlockId> KvPool::allocate_host() {
+  if (host_free_.empty()) return std::nullopt;
+  const BlockId block = host_free_.back();
+  host_free_.pop_back();
+  host_used_[block] = 1;
+  return block;
+}
+
+void KvPool::release_host(BlockId block) {
+  ensure(host_used_[block] != 0, "host block ", block, " is free already");
+  host_used_[block] = 0;
+  host_free_.push_back(block);
+}
+
+void KvPool::check() const {
+  allocator_.check();
+  std::vector<int> rank(num_blocks(), -1);  // in the free list
+  int next_rank = 0;
+  for (const BlockId block : allocator_.free_blocks()) rank[block] = next_rank++;
+  int published = 0;
+  for (BlockId block = 0; block < num_blocks(); ++block) {
+    if (!index_.contains(block)) continue;
+    ++published;
+    const BlockId parent = index_.parent(block);
+    ensure(index_.find(parent, index_.tokens(block), index_.epoch(block)) == block,
+           "published block ", block, " cannot be found");
+    if (parent == kNoBlock) continue;
+    ensure(index_.contains(parent) && index_.epoch(parent) == index_.epoch(block), "block ", block,
+           " is published, but its parent ", parent, " is not");
+    ensure(rank[parent] < 0 || (rank[block] >= 0 && rank[block] < rank[parent]), "block ", parent,
+           " would be handed out before its child ", block);
   }
-  const int held = static_cast<int>(victim.blocks.size()) * block_size();
-  victim.computed = std::min(victim.computed, held);
-  return victim.blocks.size() < before;
-}
-
-void KvPool::drop(Sequence& row) {
-  for (const BlockId block : row.blocks) release(block);
-  row.blocks.clear();
-  row.computed = 0;
-}
-
-void KvPool::share(BlockId block, Sequence& row) {
-  allocator_.share(block);
-  row.blocks.push_back(block);
-  ++blocks_shared_;
-}
-
-void KvPool::fork(const Sequence& leader, Sequence& member) {
-  for (const BlockId block : leader.blocks) share(block, member);
-  member.computed = leader.computed;
-}
-
-void KvPool::attach_prompt(Sequence& row) {
-  const int full = row.prompt_length / block_size();
-  const auto prompt_blocks = [&](const Sequence* member) {
-    return std::min(full, member->computed / block_size());
-  };
-  const bool aligned = row.computed % block_size() == 0;
-  if (!row.group->forked || !aligned || prompt_blocks(&row) >= full) return;
-  const auto& members = row.group->members;
-  const Sequence& donor = **std::ranges::max_element(members, {}, prompt_blocks);
-  for (int at = prompt_blocks(&row); at < prompt_blocks(&donor); ++at) share(donor.blocks[at], row);
-  row.computed = static_cast<int>(row.blocks.size()) * block_size();
+  ensure(published == index_.size(), published, " blocks are published, not ", index_.size());
+  const auto used = std::accumulate(host_used_.begin(), host_used_.end(), 0);
+  ensure(used + num_host_free() == host_blocks(), used, " host blocks in use and ",
+         num_host_free(), " free are not ", host_blocks());
 }
 
 }  // namespace eapo

@@ -1,6 +1,7 @@
 #include "scheduler.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "error.h"
@@ -23,14 +24,21 @@ void require_token_ids(std::span<const TokenId> ids) {
 
 }  // namespace
 
-Scheduler::Scheduler(const SchedulerConfig& config, const std::vector<std::string>& token_bytes)
+Scheduler::Scheduler(std::shared_ptr<KvPool> pool, std::shared_ptr<const Vocabulary> vocabulary,
+                     const SchedulerConfig& config)
     : config_(validated(config)),
       max_batch_(std::min(config.max_batch, config.max_step_tokens)),
-      vocabulary_(std::make_shared<const Vocabulary>(token_bytes)),
-      kv_(config.num_blocks, config.block_size) {
-  max_context_ = static_cast<int>(std::min<std::int64_t>(config.max_context, kv_.capacity()));
+      max_context_(static_cast<int>(std::min<std::int64_t>(config.max_context, pool->capacity()))),
+      vocabulary_(std::move(vocabulary)),
+      kv_(std::move(pool), config.prefix_cache),
+      evictions_before_(kv_.pool().evictions()) {
+  const int used = kv_.pool().num_blocks() - kv_.pool().num_free();
+  ensure(used == 0, used, " of ", kv_.pool().num_blocks(),
+         " blocks of the pool are in use; clear() the scheduler that holds them first");
   batch_.reserve(max_batch_);
 }
+
+Scheduler::~Scheduler() { clear(); }
 
 int Scheduler::add_rules(RulesSpec spec) {
   const auto same = [&](const auto& rules) { return rules->spec() == spec; };
@@ -50,9 +58,9 @@ std::vector<SeqId> Scheduler::add_group(std::span<const TokenId> prompt, int n, 
   require(prompt.size() + 1 <= static_cast<std::size_t>(max_context_), "a prompt of ",
           prompt.size(), " tokens and one more do not fit ", max_context_,
           " tokens (the smaller of max_context=", config_.max_context, " and the pool of ",
-          kv_.num_blocks(), " blocks of ", kv_.block_size(), ")");
+          kv_.pool().num_blocks(), " blocks of ", kv_.pool().block_size(), ")");
 
-  const auto group = std::make_shared<Group>(Group{sampling, {}, false});
+  const auto group = std::make_shared<Group>(Group{.sampling = sampling});
   std::vector<SeqId> ids;
   for (int sample = 0; sample < n; ++sample) {
     ids.push_back(add_row(group, sample, group_rules, prompt).id);
@@ -86,7 +94,7 @@ bool Scheduler::inject(SeqId seq, std::span<const TokenId> ids) {
   }
   row.append_injected(ids);
   leave(row);
-  enter(row, Place::kReady, State::kInjected);
+  enter(row, Place::kInjected, State::kInjected);
   return true;
 }
 
@@ -104,19 +112,50 @@ void Scheduler::release(SeqId seq) {
   rows_.erase(seq);
 }
 
+void Scheduler::clear() {
+  for (const auto& [id, row] : rows_) kv_.drop(*row);
+  kv_.end_plan();
+  rows_.clear();
+  for (Queue* const queue : {&injected_, &ready_, &waiting_}) queue->clear();
+  batch_.clear();
+  parked_.clear();
+  groups_.clear();
+  planned_.clear();
+  samples_.clear();
+  num_parked_ = unfinished_ = 0;
+  pending_ = false;
+}
+
+void Scheduler::expect_wait(SeqId seq, double seconds) {
+  Sequence& row = editable(seq, "expect a wait of");
+  require(row.state == State::kParked, "cannot expect a wait of sequence ", seq,
+          ": it is not parked");
+  require(seconds >= 0, "seconds must be >= 0 (infinity: unknown), got ", seconds);
+  const bool holds_blocks = parked_.erase(&row) > 0;
+  row.expected_wait = seconds;
+  if (holds_blocks) parked_.insert(&row);
+}
+
+void Scheduler::set_prefill_rate(double tokens_per_second) {
+  require(tokens_per_second > 0 && std::isfinite(tokens_per_second),
+          "tokens_per_second must be finite and > 0, got ", tokens_per_second);
+  prefill_rate_ = tokens_per_second;
+}
+
 const Sequence& Scheduler::sequence(SeqId seq) const { return find(seq); }
 
 SchedulerStats Scheduler::stats() const {
-  const int running = static_cast<int>(batch_.size()), parked = static_cast<int>(parked_.size());
-  return {.free_blocks = kv_.num_free(),
+  const int running = static_cast<int>(batch_.size());
+  return {.free_blocks = kv_.pool().num_free(),
+          .free_host_blocks = kv_.pool().num_host_free(),
           .running = running,
-          .waiting = unfinished_ - running - parked,
-          .parked = parked,
+          .waiting = unfinished_ - running - num_parked_,
+          .parked = num_parked_,
           .preemptions = preemptions_,
           .prefill_tokens = prefill_tokens_,
           .decode_tokens = decode_tokens_,
-          .shared_blocks = kv_.blocks_shared(),
-          .copied_blocks = kv_.blocks_copied()};
+          .blocks = kv_.totals(),
+          .evicted_blocks = kv_.pool().evictions() - evictions_before_};
 }
 
 Sequence& Scheduler::find(SeqId seq) const {
@@ -149,9 +188,13 @@ void Scheduler::enter(Sequence& row, Place place, State state) {
     case Place::kBatch:
       batch_.insert(std::ranges::upper_bound(batch_, &row, ById{}), &row);
       break;
+    case Place::kInjected: injected_.insert(&row); break;
     case Place::kReady: ready_.insert(&row); break;
     case Place::kWaiting: waiting_.insert(&row); break;
-    case Place::kParked: parked_.push_back(&row); break;
+    case Place::kParked:
+      ++num_parked_;
+      if (!row.blocks.empty()) parked_.insert(&row);
+      break;
     case Place::kNone: break;
   }
 }
@@ -159,9 +202,13 @@ void Scheduler::enter(Sequence& row, Place place, State state) {
 void Scheduler::leave(Sequence& row) {
   switch (row.place) {
     case Place::kBatch: batch_.erase(std::ranges::lower_bound(batch_, &row, ById{})); break;
+    case Place::kInjected: injected_.erase(&row); break;
     case Place::kReady: ready_.erase(&row); break;
     case Place::kWaiting: waiting_.erase(&row); break;
-    case Place::kParked: parked_.erase(std::ranges::find(parked_, &row)); break;
+    case Place::kParked:
+      --num_parked_;
+      parked_.erase(&row);
+      break;
     case Place::kNone: break;
   }
   row.place = Place::kNone;
@@ -173,6 +220,7 @@ void Scheduler::retire(Sequence& row, std::string_view reason) {
   leave(row);
   kv_.drop(row);
   std::erase(row.group->members, &row);
+  if (row.group->members.empty()) std::erase(groups_, row.group.get());
   row.state = State::kDone;
   row.finish_reason = reason;
   --unfinished_;
@@ -183,6 +231,8 @@ void Scheduler::hand_over(Sequence& leader) {
   Sequence& heir = *leader.group->members[1];
   heir.blocks.swap(leader.blocks);
   std::swap(heir.computed, leader.computed);
+  std::swap(heir.published, leader.published);
+  heir.epoch = leader.epoch;
   const Place place = leader.place;
   leave(leader);
   enter(heir, place, leader.state);

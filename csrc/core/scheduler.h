@@ -11,7 +11,11 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cut_plan.h"
+#include "growth_curve.h"
 #include "kv_pool.h"
+#include "kv_tables.h"
+#include "length_estimate.h"
 #include "rules.h"
 #include "sequence.h"
 #include "step_plan.h"
@@ -21,11 +25,10 @@
 namespace eapo {
 
 struct SchedulerConfig {
-  int num_blocks;
-  int block_size;
-  int max_batch;       // rows that may compute in one step; parked rows don't count
-  int max_step_tokens; // tokens of one step, prefill and decode together
-  int max_context;     // tokens of a row, the prompt included
+  int max_batch;        // rows that may compute in one step; parked rows don't count
+  int max_step_tokens;  // tokens of one step, prefill and decode together
+  int max_context;      // tokens of a row, the prompt included
+  bool prefix_cache = true;  // find published blocks, and publish; forks share either way
 };
 
 struct Event {
@@ -38,14 +41,15 @@ struct Event {
 
 struct SchedulerStats {
   int free_blocks;
-  int running;                 // rows in the batch
-  int waiting;                 // runnable rows outside it
+  int free_host_blocks;
+  int running;                    // rows in the batch
+  int waiting;                    // runnable rows outside it
   int parked;
-  std::int64_t preemptions;    // running rows that lost their slot or KV, so far
-  std::int64_t prefill_tokens; // planned so far: prompts, injections, recomputation
-  std::int64_t decode_tokens;  // planned so far, one a row and step
-  std::int64_t shared_blocks;  // blocks taken from a sibling instead of computed, so far
-  std::int64_t copied_blocks;  // copies on write, so far
+  std::int64_t preemptions;       // running rows that lost their slot or KV, so far
+  std::int64_t prefill_tokens;    // planned so far: prompts, injections, recomputation
+  std::int64_t decode_tokens;     // planned so far, one a row and step
+  KvTables::Totals blocks;        // so far
+  std::int64_t evicted_blocks;    // findable blocks handed out anew, so far
 };
 
 // Paged continuous batching. plan() picks the tokens of the next forward pass and gives them KV
@@ -58,18 +62,27 @@ struct SchedulerStats {
 //   3. rows that resume with more than one: first those in the batch, then, given a slot and blocks
 //      for the whole row, injected rows, then preempted and freshly forked ones
 //   4. prompts: first those in the batch, then new ones
-// When blocks run out, KV is dropped from tails: parked rows give first (the last parked first),
-// then rows newer than the one in need (the newest first); blocks with other owners go last.
-// What a row samples depends on none of this.
+// A row outside the batch that finds no room keeps those behind it out too.
+//
+// When blocks run out, KV is dropped from tails: parked rows give first (the longest expected wait
+// first), then rows newer than the one in need (of the group begun last, of those begun together
+// the one with most unfinished rows); blocks with several owners go after the others. What a row
+// samples depends on none of this.
 class Scheduler {
  public:
-  Scheduler(const SchedulerConfig& config, const std::vector<std::string>& token_bytes);
+  // The pool must be unused: schedulers share it one after another.
+  Scheduler(std::shared_ptr<KvPool> pool, std::shared_ptr<const Vocabulary> vocabulary,
+            const SchedulerConfig& config);
+  ~Scheduler();
+  Scheduler(const Scheduler&) = delete;
+  Scheduler& operator=(const Scheduler&) = delete;
 
   int add_rules(RulesSpec spec);  // equal rules get equal ids
   std::vector<SeqId> add_group(std::span<const TokenId> prompt, int n, int rules,
                                const SamplingSpec& sampling);
 
   std::optional<StepPlan> plan();  // nothing when no row is runnable
+  // A token of -1 says that there was no distribution to sample from: its row ends as "error".
   std::vector<Event> commit(std::span<const std::int64_t> tokens, std::span<const float> logprobs,
                             std::span<const float> kept_mass);
 
@@ -77,13 +90,25 @@ class Scheduler {
   void finish(SeqId seq, std::string_view reason);
   void set_rules(SeqId seq, int rules);
   void release(SeqId seq);
+  void clear();  // releases all rows, the planned step is forgotten
+
+  // Seconds until a parked row's injection (infinity: unknown), and how fast this machine prefills.
+  // A parked row keeps its KV as long as that wait is shorter than prefilling the whole pool.
+  void expect_wait(SeqId seq, double seconds);
+  void set_prefill_rate(double tokens_per_second);
 
   const Sequence& sequence(SeqId seq) const;
   SchedulerStats stats() const;
   void check() const;  // throws InvalidState on a broken invariant
 
  private:
-  static constexpr SeqId kParkedOnly = INT_MAX;  // no row is newer: only parked rows give blocks
+  // Whose blocks a row may take.
+  struct Victims {
+    SeqId newer_than;  // rows in the batch or waiting for a slot, if their id is larger
+    bool kept;         // parked rows that should keep their KV
+  };
+  static constexpr SeqId kParkedOnly = INT_MAX;  // no row is newer
+  using Queue = std::set<Sequence*, ById>;
 
   Sequence& editable(SeqId seq, const char* action) const;
   Sequence& find(SeqId seq) const;
@@ -100,25 +125,32 @@ class Scheduler {
   void plan_oldest(Sequence& row);
   void plan_decode_rows();
   void plan_batch_prefill(bool prompts);
-  void admit_resumed(bool injected);
-  void admit_prompts();
-  bool make_room(Sequence& row);
   bool batch_full() const { return static_cast<int>(batch_.size()) >= max_batch_; }
+  int decode_rows_besides(const Sequence& row) const;
+  void schedule(Sequence& row, const Prefix& prefix, int tokens, Victims victims);
+
+  bool admit_from(Queue& queue);
+  bool make_room(const Sequence& row, const Prefix& prefix);
+  void add_growth(const Sequence& row);
   void admit(Sequence& row);
   void preempt(Sequence& row);
-  int decode_rows_besides(const Sequence& row) const;
 
-  void schedule(Sequence& row, int count, SeqId newer_than);
-  bool reclaim(const Sequence& row, int end, SeqId newer_than);
-  void reclaim_from(std::span<Sequence* const> victims, const Sequence& row, int end, bool shared);
-  std::vector<Sequence*> victims_newer_than(SeqId id) const;
+  bool reclaim(const Sequence& row, const Prefix& prefix, int end, int margin, Victims victims);
+  bool find_cuts(const Sequence& row, const Prefix& prefix, int target, Victims victims);
+  void cut_parked(bool kept);
+  void cut_newer_than(SeqId id);
+  void carry_out_cuts();
+  bool keeps(const Sequence& parked) const;
+  const std::vector<Group*>& victim_groups();
 
-  void emit(Sequence& row, int count);
-  void emit_tokens(const Sequence& row, int count);
+  void begin_step();
+  void emit_step();
+  void emit(Sequence& row);
+  void emit_tokens(const Sequence& row);
   void emit_samples(Sequence& row);
   void emit_sample(Sequence& row, int logits_row);
   void emit_block_tables();
-  void begin_step();
+  void emit_shared_spans();
 
   void check_commit(std::span<const std::int64_t> tokens, std::size_t num_logprobs,
                     std::size_t num_kept_mass) const;
@@ -129,6 +161,7 @@ class Scheduler {
   Event park(Sequence& row, int pattern, int overshoot);
 
   void check_row(const Sequence& row) const;
+  void check_kv(const Sequence& row) const;
   void check_places() const;
   void check_blocks() const;
 
@@ -137,21 +170,34 @@ class Scheduler {
   int max_context_;  // no more than the pool, so that a row alone always fits
   std::shared_ptr<const Vocabulary> vocabulary_;
   std::vector<std::unique_ptr<Rules>> rules_;
-  KvPool kv_;
+  KvTables kv_;
+  std::int64_t evictions_before_;  // of the pool
 
   SeqId next_id_ = 0;
   std::unordered_map<SeqId, std::unique_ptr<Sequence>> rows_;
-  std::vector<Sequence*> batch_;        // by id, so the oldest comes first
-  std::set<Sequence*, ById> ready_;     // begun, without a slot
-  std::set<Sequence*, ById> waiting_;   // leaders of groups that have not begun
-  std::vector<Sequence*> parked_;       // by the time of parking
-  int unfinished_ = 0;                  // rows, the members of groups that have not begun included
+  std::vector<Sequence*> batch_;             // by id, so the oldest comes first
+  Queue injected_;                           // without a slot, injected
+  Queue ready_;                              // without a slot, preempted or freshly forked
+  Queue waiting_;                            // leaders of groups that have not begun
+  std::set<Sequence*, LongestWait> parked_;  // those that have blocks
+  std::vector<Group*> groups_;               // begun and unfinished, in the order of beginning
+  int num_parked_ = 0;
+  int unfinished_ = 0;  // rows, the members of groups that have not begun included
+
+  double prefill_rate_ = 0;  // tokens a second; 0: unknown
+  LengthEstimate lengths_;
 
   bool pending_ = false;  // planned, not committed
   int budget_ = 0;
+  GrowthCurve growth_;                   // of the batch
+  bool parked_exhausted_ = false;        // parked rows have nothing more to give in this plan
+  std::vector<Group*> victim_groups_;    // of this plan, once somebody asked
+  CutPlan cuts_;
   StepPlan step_;
   std::vector<Sequence*> planned_;      // rows of the step
   std::vector<Sequence*> samples_;      // rows of its samples
+  std::int64_t plans_ = 0;
+  std::int64_t parks_ = 0;
   std::int64_t preemptions_ = 0;
   std::int64_t prefill_tokens_ = 0;
   std::int64_t decode_tokens_ = 0;

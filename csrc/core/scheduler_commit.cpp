@@ -13,9 +13,16 @@ std::vector<Event> Scheduler::commit(std::span<const std::int64_t> tokens,
   for (Sequence* const row : planned_) advance(*row);
   std::vector<Event> events;
   for (std::size_t i = 0; i < samples_.size(); ++i) {
+    Sequence& row = *samples_[i];
     const auto token = static_cast<TokenId>(tokens[i]);
-    samples_[i]->append_sampled(token, logprobs[i], kept_mass[i]);
-    if (const auto event = settle(*samples_[i], token)) events.push_back(*event);
+    if (token == kNoToken) {
+      row.forget_ban();
+      retire(row, "error");
+      events.push_back({row.id, Event::Kind::kFinished, TagMatcher::kNoPattern, 0});
+      continue;
+    }
+    row.append_sampled(token, logprobs[i], kept_mass[i]);
+    if (const auto event = settle(row, token)) events.push_back(*event);
   }
   for (Sequence* const row : planned_) {
     if (row->in_batch()) row->state = row->pending() > 1 ? State::kPrefill : State::kRunning;
@@ -34,14 +41,15 @@ void Scheduler::check_commit(std::span<const std::int64_t> tokens, std::size_t n
           " samples, got ", tokens.size(), " tokens, ", num_logprobs, " logprobs, ", num_kept_mass,
           " kept_mass");
   for (const std::int64_t token : tokens) {
-    require(token >= 0 && token <= std::numeric_limits<TokenId>::max(), "token ", token,
-            " is not in [0, 2**31)");
+    require(token >= kNoToken && token <= std::numeric_limits<TokenId>::max(), "token ", token,
+            " is not in [0, 2**31), nor -1 for a row without a distribution");
   }
 }
 
 void Scheduler::advance(Sequence& row) {
   row.computed += row.planned;
   row.planned = 0;
+  kv_.publish(row);
   if (!row.group->forked && row.pending() == 0) fork(row);
 }
 
@@ -73,12 +81,15 @@ std::optional<Event> Scheduler::settle(Sequence& row, TokenId token) {
 
 Event Scheduler::finish_sampled(Sequence& row, std::string_view reason, int pattern,
                                 int overshoot) {
+  lengths_.add(row);
   retire(row, reason);
   return {row.id, Event::Kind::kFinished, pattern, overshoot};
 }
 
 Event Scheduler::park(Sequence& row, int pattern, int overshoot) {
   leave(row);
+  row.expected_wait = std::numeric_limits<double>::infinity();
+  row.parked_at = parks_++;
   enter(row, Place::kParked, State::kParked);
   return {row.id, Event::Kind::kParked, row.rules->park_index(pattern), overshoot};
 }

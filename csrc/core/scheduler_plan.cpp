@@ -14,19 +14,17 @@ std::optional<StepPlan> Scheduler::plan() {
   plan_oldest(*oldest);
   plan_decode_rows();
   plan_batch_prefill(false);
-  admit_resumed(true);
-  admit_resumed(false);
+  const bool room = admit_from(injected_) && admit_from(ready_);
   plan_batch_prefill(true);
-  admit_prompts();
-  emit_block_tables();
-  kv_.end_plan();
+  if (room) admit_from(waiting_);
+  emit_step();
   pending_ = true;
   return std::move(step_);
 }
 
 Sequence* Scheduler::oldest_runnable() const {
   Sequence* oldest = batch_.empty() ? nullptr : batch_.front();
-  for (const auto* queue : {&ready_, &waiting_}) {
+  for (const Queue* queue : {&injected_, &ready_, &waiting_}) {
     if (queue->empty()) continue;
     Sequence* const first = *queue->begin();
     if (oldest == nullptr || first->id < oldest->id) oldest = first;
@@ -37,12 +35,11 @@ Sequence* Scheduler::oldest_runnable() const {
 void Scheduler::plan_oldest(Sequence& row) {
   if (!row.in_batch()) {
     if (batch_full()) preempt(*batch_.back());
-    kv_.attach_prompt(row);
     admit(row);
   }
-  schedule(row, std::min(row.pending(), budget_ - decode_rows_besides(row)), row.id);
-  ensure(row.planned > 0, "the oldest sequence ", row.id, " cannot progress: ", kv_.num_free(),
-         " of ", kv_.num_blocks(), " blocks are free");
+  schedule(row, kv_.find_prefix(row), budget_ - decode_rows_besides(row), {row.id, true});
+  ensure(row.planned > 0, "the oldest sequence ", row.id, " cannot progress: ",
+         kv_.pool().num_free(), " of ", kv_.pool().num_blocks(), " blocks are free");
 }
 
 int Scheduler::decode_rows_besides(const Sequence& row) const {
@@ -54,7 +51,8 @@ int Scheduler::decode_rows_besides(const Sequence& row) const {
 void Scheduler::plan_decode_rows() {
   for (std::size_t at = 0; at < batch_.size(); ++at) {
     Sequence& row = *batch_[at];
-    if (row.planned == 0 && row.pending() == 1) schedule(row, 1, row.id);
+    if (row.planned > 0 || row.pending() > 1) continue;
+    schedule(row, Prefix{.tokens = row.computed}, 1, {row.id, true});
   }
 }
 
@@ -62,40 +60,66 @@ void Scheduler::plan_batch_prefill(bool prompts) {
   for (std::size_t at = 0; at < batch_.size() && budget_ > 0; ++at) {
     Sequence& row = *batch_[at];
     if (row.planned > 0 || row.pending() == 1 || row.group->forked == prompts) continue;
-    schedule(row, std::min(row.pending(), budget_), row.id);
+    schedule(row, kv_.find_prefix(row), budget_, {row.id, true});
   }
 }
 
-void Scheduler::admit_resumed(bool injected) {
-  for (auto next = ready_.begin(); next != ready_.end() && budget_ > 0 && !batch_full();) {
-    Sequence& row = **next++;
-    if (row.injected() != injected) continue;
-    if (!make_room(row)) return;
+// Plans up to `tokens` tokens behind the prefix, fewer if blocks are short; none if there is no
+// block, and then the prefix is not taken either.
+void Scheduler::schedule(Sequence& row, const Prefix& prefix, int tokens, Victims victims) {
+  int end = std::min(prefix.tokens + tokens, kv_.stop(row, prefix));
+  if (!reclaim(row, prefix, end, 0, victims)) end = std::min(end, kv_.reachable(row, prefix));
+  if (end <= prefix.tokens) return;
+  kv_.extend(row, prefix, end);
+  row.planned = end - row.computed;
+  budget_ -= row.planned;
+  planned_.push_back(&row);
+}
+
+// Admits rows until one finds no room; returns whether all found it, as far as slots and budget go.
+bool Scheduler::admit_from(Queue& queue) {
+  if (queue.empty() || budget_ == 0 || batch_full()) return true;
+  growth_.clear();
+  for (const Sequence* row : batch_) add_growth(*row);
+  while (!queue.empty() && budget_ > 0 && !batch_full()) {
+    Sequence& row = **queue.begin();
+    const Prefix prefix = kv_.find_prefix(row);
+    if (!make_room(row, prefix)) return false;
     admit(row);
-    schedule(row, std::min(row.pending(), budget_), kParkedOnly);
+    schedule(row, prefix, budget_, {kParkedOnly, false});
   }
+  return true;
 }
 
-void Scheduler::admit_prompts() {
-  while (!waiting_.empty() && budget_ > 0 && !batch_full()) {
-    Sequence& row = **waiting_.begin();
-    if (!make_room(row)) return;
-    admit(row);
-    schedule(row, std::min(row.pending(), budget_), kParkedOnly);
-  }
+// Makes a row outside the batch fit as a whole, if it can. An injected row may displace parked KV;
+// others may displace what should be kept only while the batch is less than half full (idle compute
+// costs more than lost KV), and need room for what they and the batch are expected to grow by, lest
+// admission cause preemption.
+bool Scheduler::make_room(const Sequence& row, const Prefix& prefix) {
+  const bool injected = row.place == Place::kInjected;
+  const bool kept = injected || 2 * static_cast<int>(batch_.size()) < max_batch_;
+  add_growth(row);
+  const int margin = injected ? 0 : growth_.peak();
+  return reclaim(row, prefix, row.length(), margin, {kParkedOnly, kept});
 }
 
-// Whether a row outside the batch fits as a whole. An injected row may displace parked KV; others
-// only while the batch is less than half full (idle compute costs more than lost KV), and in a
-// fuller batch they leave one block for every row in it, lest admission cause preemption.
-bool Scheduler::make_room(Sequence& row) {
-  kv_.attach_prompt(row);
-  const bool eager = row.injected() || 2 * static_cast<int>(batch_.size()) < max_batch_;
-  if (eager) return reclaim(row, row.length(), kParkedOnly);
-  return kv_.shortfall(row, row.length()) + static_cast<int>(batch_.size()) <= 0;
+// What is shared with siblings stays when the row ends.
+void Scheduler::add_growth(const Sequence& row) {
+  const KvPool& pool = kv_.pool();
+  const int now = pool.blocks_for(row.length());
+  const int growth = lengths_.expected_growth(row, pool.block_size());
+  const int then = pool.blocks_for(std::min(row.length() + growth, max_context_));
+  const bool alone = row.group->members.size() == 1;
+  const int shared = alone ? 0 : row.prompt_length / pool.block_size();
+  const int pending = row.in_batch() ? now - static_cast<int>(row.blocks.size()) : 0;
+  growth_.add(pending, then - now, then - shared);
 }
 
 void Scheduler::admit(Sequence& row) {
+  if (row.group->begun_at < 0) {
+    row.group->begun_at = plans_;
+    groups_.push_back(row.group.get());
+  }
   leave(row);
   enter(row, Place::kBatch, row.pending() > 1 ? State::kPrefill : State::kRunning);
 }
@@ -105,44 +129,6 @@ void Scheduler::preempt(Sequence& row) {
   ++preemptions_;
   leave(row);
   enter(row, Place::kReady, State::kPreempted);
-}
-
-// Plans `count` tokens, or as many as there are blocks for; none if there is no block.
-void Scheduler::schedule(Sequence& row, int count, SeqId newer_than) {
-  int end = row.computed + count;
-  if (!reclaim(row, end, newer_than)) end = std::min(end, kv_.reachable(row));
-  if (end <= row.computed) return;
-  kv_.extend(row, end, step_.copies);
-  emit(row, end - row.computed);
-}
-
-// Frees blocks until `row` can reach `end`; returns whether it can.
-bool Scheduler::reclaim(const Sequence& row, int end, SeqId newer_than) {
-  if (kv_.shortfall(row, end) <= 0) return true;
-  std::vector<Sequence*> victims(parked_.rbegin(), parked_.rend());
-  const std::vector<Sequence*> newer = victims_newer_than(newer_than);
-  victims.insert(victims.end(), newer.begin(), newer.end());
-  for (const bool shared : {false, true}) reclaim_from(victims, row, end, shared);
-  return kv_.shortfall(row, end) <= 0;
-}
-
-std::vector<Sequence*> Scheduler::victims_newer_than(SeqId id) const {
-  std::vector<Sequence*> victims;
-  const auto add = [&](Sequence* row) {
-    if (row->id > id && row->planned == 0 && !row->blocks.empty()) victims.push_back(row);
-  };
-  std::ranges::for_each(batch_, add);
-  std::ranges::for_each(ready_, add);
-  std::ranges::sort(victims, [](const Sequence* a, const Sequence* b) { return a->id > b->id; });
-  return victims;
-}
-
-void Scheduler::reclaim_from(std::span<Sequence* const> victims, const Sequence& row, int end,
-                             bool shared) {
-  for (Sequence* const victim : victims) {
-    if (kv_.shortfall(row, end) <= 0) return;
-    if (kv_.trim(*victim, row, end, shared) && victim->in_batch()) preempt(*victim);
-  }
 }
 
 }  // namespace eapo

@@ -1,5 +1,6 @@
 #include "sequence.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 
@@ -8,15 +9,32 @@
 
 namespace eapo {
 
+namespace {
+
+void require_temperature(float value, const char* name) {
+  require(value >= 0 && std::isfinite(value), name,
+          " must be finite and >= 0 (0 is greedy), got ", value);
+}
+
+}  // namespace
+
 void validate(const SamplingSpec& sampling) {
   require(sampling.max_tokens >= 1, "max_tokens must be >= 1, got ", sampling.max_tokens);
-  require(sampling.temperature >= 0 && std::isfinite(sampling.temperature),
-          "temperature must be finite and >= 0 (0 is greedy), got ", sampling.temperature);
+  require_temperature(sampling.temperature, "temperature");
+  for (const float value : sampling.temperature_schedule) {
+    require_temperature(value, "temperature_schedule");
+  }
   require(sampling.top_k >= 0, "top_k must be >= 0 (0 is off), got ", sampling.top_k);
   require(sampling.top_p > 0 && sampling.top_p <= 1, "top_p must be in (0, 1] (1 is off), got ",
           sampling.top_p);
   require(sampling.min_p >= 0 && sampling.min_p <= 1, "min_p must be in [0, 1] (0 is off), got ",
           sampling.min_p);
+}
+
+float SamplingSpec::temperature_at(int sampled) const {
+  if (temperature_schedule.empty()) return temperature;
+  const auto last = temperature_schedule.size() - 1;
+  return temperature_schedule[std::min(static_cast<std::size_t>(sampled), last)];
 }
 
 float Sequence::uniform() const {
@@ -36,6 +54,13 @@ const std::vector<TokenId>& Sequence::ban_next() {
     ban_runs.push_back({position(), 1, &ids});
   }
   return ids;
+}
+
+void Sequence::forget_ban() {
+  if (ban_runs.empty()) return;
+  BanRun& last = ban_runs.back();
+  if (last.begin + last.count != position() + 1) return;
+  if (--last.count == 0) ban_runs.pop_back();
 }
 
 void Sequence::append_sampled(TokenId token, float logprob, float kept) {

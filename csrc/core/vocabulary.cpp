@@ -1,7 +1,6 @@
 #include "vocabulary.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace eapo {
 
@@ -10,16 +9,13 @@ Vocabulary::Vocabulary(const std::vector<std::string>& token_bytes) {
   offsets_.push_back(0);
   for (const std::string& bytes : token_bytes) {
     text_ += bytes;
+    if (!bytes.empty()) by_bytes_.push_back(size());
     offsets_.push_back(text_.size());
   }
+  std::ranges::sort(by_bytes_, {}, [this](TokenId token) { return bytes(token); });
 }
 
 std::span<const TokenId> Vocabulary::with_prefix(std::string_view prefix) const {
-  if (by_bytes_.empty()) {
-    by_bytes_.resize(static_cast<std::size_t>(size()));
-    std::iota(by_bytes_.begin(), by_bytes_.end(), 0);
-    std::ranges::sort(by_bytes_, {}, [this](TokenId token) { return bytes(token); });
-  }
   const auto head = [&](TokenId token) { return bytes(token).substr(0, prefix.size()); };
   return std::ranges::equal_range(by_bytes_, prefix, {}, head);
 }

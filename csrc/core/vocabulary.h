@@ -10,7 +10,8 @@
 
 namespace eapo {
 
-// The bytes of every token. Ids past the end (padding rows of a model) have no bytes.
+// The bytes of every token. Ids past the end (padding rows of a model) have no bytes. Nothing
+// changes after construction, so schedulers and threads may share one.
 class Vocabulary {
  public:
   explicit Vocabulary(const std::vector<std::string>& token_bytes);
@@ -22,13 +23,13 @@ class Vocabulary {
     return std::string_view(text_).substr(offsets_[token], offsets_[token + 1] - offsets_[token]);
   }
 
-  // Tokens whose bytes begin with `prefix`; the order by bytes is built on first use.
+  // Tokens whose bytes begin with `prefix`, which is not empty.
   std::span<const TokenId> with_prefix(std::string_view prefix) const;
 
  private:
   std::string text_;
   std::vector<std::size_t> offsets_;
-  mutable std::vector<TokenId> by_bytes_;
+  std::vector<TokenId> by_bytes_;  // tokens that have bytes, sorted by them
 };
 
 }  // namespace eapo

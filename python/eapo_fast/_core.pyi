@@ -29,16 +29,23 @@ def keyed_uniform(seed: int, purpose: str, indices: Sequence[int]) -> float:
 
 @final
 class BlockAllocator:
-    """Reference-counted pool of KV blocks; a block that is freed last is handed out first."""
+    """Reference-counted KV blocks whose free list is the eviction list.
+
+    Free blocks are handed out in this order: those released without `keep`, the last one first,
+    then the others, the least recently released first.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None: ...
     def allocate(self) -> int:
         """A block with one owner; OutOfBlocks if none is free."""
 
+    def reuse(self, block: int) -> None:
+        """A free block gets an owner, wherever it is in the list; ValueError for a used one."""
+
     def share(self, block: int) -> None:
         """One owner more; ValueError for a free block."""
 
-    def release(self, block: int) -> None:
+    def release(self, block: int, keep: bool = False) -> None:
         """One owner less, the last one frees the block; ValueError for a free block."""
 
     def ref_count(self, block: int) -> int:
@@ -54,17 +61,57 @@ class BlockAllocator:
     def block_size(self) -> int: ...
 
 @final
+class KvPool:
+    """The KV blocks of a device, what is cached in them, and host blocks to swap to.
+
+    It outlives schedulers, which use it one after another. Cached are full blocks whose KV was
+    computed: rows of the same weights epoch that begin with the same tokens find them until they
+    are handed out anew.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, host_blocks: int = 0) -> None: ...
+    def advance_epoch(self) -> None:
+        """The weights have changed: nothing that is cached so far will be found again."""
+
+    def check(self) -> None:
+        """RuntimeError if an invariant is broken."""
+    @property
+    def epoch(self) -> int:
+        """0 at first."""
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_free(self) -> int:
+        """Blocks without an owner, the cached ones among them included."""
+    @property
+    def num_cached(self) -> int:
+        """Cached blocks, with an owner or without, of this epoch or an earlier one."""
+    @property
+    def host_blocks(self) -> int: ...
+    @property
+    def num_host_free(self) -> int: ...
+
+@final
+class Vocabulary:
+    """The bytes of every token; make one per tokenizer. Schedulers and threads may share it."""
+
+    def __init__(self, token_bytes: Sequence[bytes]) -> None: ...
+    def __len__(self) -> int: ...
+
+@final
 class TagMatcher:
     """Finds byte patterns in a stream of tokens with one integer of state (Aho and Corasick)."""
 
-    def __init__(self, patterns: Sequence[bytes], token_bytes: Sequence[bytes]) -> None: ...
+    def __init__(self, patterns: Sequence[bytes], vocabulary: Vocabulary) -> None: ...
     @property
     def root(self) -> int: ...
     def advance(self, state: int, token: int) -> tuple[int, int, int]:
         """(next state, pattern or -1, bytes of the token behind the match).
 
         Of several matches in the token the one that ends first counts, of several that end at one
-        byte the longest. Tokens beyond `token_bytes` have no bytes.
+        byte the longest. Tokens beyond the vocabulary have no bytes.
         """
 
     def completing_tokens(self, state: int) -> list[int]:
@@ -75,11 +122,20 @@ class StepPlan:
     """Inputs of a forward pass over T tokens of S rows, logits at L of them, N >= L samples.
 
     `input_ids`, `positions`, `slots`: [T]. `seqs`, `kv_lens`: [S], `cu_q`: [S + 1],
-    `block_tables`: [S, blocks] padded with 0. `copies`: [C, 2] (source, destination) blocks, to be
-    copied before the forward, in any order. `logits_rows`: [L] indices into T. `sample_rows`: [N]
-    indices into L (the first tokens of a group share a row, so N may exceed max_batch);
-    `sample_seqs`, `uniforms`, `temperatures`, `top_ks`, `top_ps`, `min_ps`: [N]. `ban_rows`,
-    `ban_ids`: [B], sample `ban_rows[i]` must not be `ban_ids[i]`.
+    `block_tables`: [S, blocks] padded with 0. Rows that decode come first, the members of a group
+    side by side. `max_q_len`, `max_kv_len`: most tokens of a row in this step, most of `kv_lens`.
+
+    Before the forward move all blocks of `swap_out` [K, 2] (block, host block), then of `swap_in`
+    [K, 2] (host block, block), then of `copies` [C, 2] (source, destination); each in any order.
+
+    `shared_spans` [P, 2] (first segment, number of segments >= 2), `shared_lens` [P]: the segments
+    of a span have one token each, belong to one group and begin with the same blocks for so many
+    tokens (a multiple of the block size).
+
+    `logits_rows`: [L] indices into T. `sample_rows`: [N] indices into L (the first tokens of a
+    group share a row, so N may exceed max_batch); `sample_seqs`, `uniforms`, `temperatures`,
+    `top_ks`, `top_ps`, `min_ps`: [N]. `ban_rows`, `ban_ids`: [B], sample `ban_rows[i]` must not be
+    `ban_ids[i]`.
 
     The arrays look into the plan and keep it alive.
     """
@@ -99,7 +155,19 @@ class StepPlan:
     @property
     def block_tables(self) -> NDArray[np.int32]: ...
     @property
+    def max_q_len(self) -> int: ...
+    @property
+    def max_kv_len(self) -> int: ...
+    @property
+    def swap_out(self) -> NDArray[np.int32]: ...
+    @property
+    def swap_in(self) -> NDArray[np.int32]: ...
+    @property
     def copies(self) -> NDArray[np.int32]: ...
+    @property
+    def shared_spans(self) -> NDArray[np.int32]: ...
+    @property
+    def shared_lens(self) -> NDArray[np.int32]: ...
     @property
     def logits_rows(self) -> NDArray[np.int64]: ...
     @property
@@ -156,17 +224,29 @@ class Scheduler:
 
     Rows run in groups that share their prompt. A row that completes a park pattern leaves the batch
     until `inject`. What a row samples depends on its request alone, never on blocks, budget, batch
-    or preemption. The oldest runnable row is part of every plan. Not thread-safe.
+    or preemption. The oldest runnable row is part of every plan.
+
+    `plan` and `commit` release the GIL. A scheduler and its pool are for one thread at a time.
+
+    Args:
+        pool: unused by other schedulers (RuntimeError); all blocks are given back to it when the
+            scheduler is destroyed.
+        vocabulary: token bytes for stop, park and banned patterns.
+        max_batch: rows that compute in one step; parked rows don't count.
+        max_step_tokens: tokens of one step.
+        max_context: tokens of a row.
+        prefix_cache: rows find cached blocks and their own are cached. Siblings share their prompt
+            either way; without the cache a row that lost its prompt computes it again.
     """
 
     def __init__(
         self,
-        num_blocks: int,
-        block_size: int,
+        pool: KvPool,
+        vocabulary: Vocabulary,
         max_batch: int,
         max_step_tokens: int,
         max_context: int,
-        token_bytes: Sequence[bytes],
+        prefix_cache: bool = True,
     ) -> None: ...
     def add_rules(
         self,
@@ -194,8 +274,12 @@ class Scheduler:
         seed: int = 0,
         step: int = 0,
         prompt_id: int = 0,
+        temperature_schedule: Sequence[float] = (),
     ) -> list[int]:
         """Sequence ids of n samples, drawn by (seed, step, prompt_id, sample, position).
+
+        The i-th sampled token of a row (from 0, injected ones don't count) has temperature
+        `temperature_schedule[min(i, len - 1)]`, or `temperature` if the schedule is empty.
 
         ValueError if the prompt and one token do not fit the context and the pool, or a value is
         out of range.
@@ -209,7 +293,10 @@ class Scheduler:
         logprobs: NDArray[np.float32],
         kept_mass: NDArray[np.float32],
     ) -> list[Event]:
-        """Takes the N samples of the planned step, [N] each; a ValueError changes nothing."""
+        """Takes the N samples of the planned step, [N] each; a ValueError changes nothing.
+
+        A token of -1 (no distribution) ends its row as "error"; nothing is appended to it.
+        """
 
     def inject(self, seq: int, ids: Sequence[int]) -> bool:
         """Appends tokens with mask 0 to a parked row and makes it runnable.
@@ -223,15 +310,31 @@ class Scheduler:
     def set_rules(self, seq: int, rules: int) -> None:
         """Other rules for the tokens to come; matchers see the tokens since the last injection."""
 
+    def expect_wait(self, seq: int, seconds: float) -> None:
+        """How long a parked row will wait for its injection (infinity: unknown, the default).
+
+        Rows with the longest waits give their blocks away first. Once the prefill rate is known,
+        rows that wait longer than prefilling the whole pool takes don't keep their KV against new
+        work.
+        """
+
+    def set_prefill_rate(self, tokens_per_second: float) -> None:
+        """How fast prompts are computed; unknown at first, then all parked rows keep their KV."""
+
     def tokens(self, seq: int) -> SequenceTokens:
         """The row's record, copied."""
 
     def release(self, seq: int) -> None:
         """Forgets the row, finished or not; RuntimeError while it is planned."""
 
+    def clear(self) -> None:
+        """Forgets all rows and the planned step; their blocks go back to the pool."""
+
     def stats(self) -> dict[str, int]:
-        """Gauges free_blocks, running (in the batch), waiting (runnable outside), parked; totals
-        preemptions, prefill_tokens, decode_tokens, shared_blocks, copied_blocks."""
+        """Gauges free_blocks, free_host_blocks, running (in the batch), waiting (runnable outside),
+        parked; totals preemptions, prefill_tokens, decode_tokens, prefix_hit_tokens (found in the
+        cache instead of computed), shared_blocks (by forks), copied_blocks (on write),
+        evicted_blocks (cached ones handed out anew), swapped_out_blocks, swapped_in_blocks."""
 
     def check(self) -> None:
         """RuntimeError if an invariant is broken."""

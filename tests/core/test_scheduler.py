@@ -134,7 +134,7 @@ def test_parked_kv_goes_tail_first_and_only_the_missing_part_is_prefilled_again(
     scheduler = make_scheduler(num_blocks=6, block_size=4, max_context=24)
     (seq,) = _parked(scheduler, prompt=W[:15])
     rules = scheduler.add_rules()
-    other = scheduler.add_group(W[:11], 1, rules, 2)[0]
+    other = scheduler.add_group(W[12:23], 1, rules, 2)[0]
     for _ in range(2):
         step(scheduler, W[0])
     assert scheduler.tokens(other)["finish_reason"] == "length"
@@ -146,8 +146,8 @@ def test_parked_kv_goes_tail_first_and_only_the_missing_part_is_prefilled_again(
 
 def test_the_last_parked_row_gives_its_blocks_first():
     scheduler = make_scheduler(num_blocks=6, block_size=4, max_context=24)
-    (first,), (last,) = _parked(scheduler, W[:7]), _parked(scheduler, W[:7])
-    scheduler.add_group(W[:11], 1, scheduler.add_rules(), 1)
+    (first,), (last,) = _parked(scheduler, W[:7]), _parked(scheduler, W[5:12])
+    scheduler.add_group(W[12:23], 1, scheduler.add_rules(), 1)
     step(scheduler, W[0])
     scheduler.inject(last, [W[1]])
     scheduler.inject(first, [W[1]])
@@ -157,8 +157,8 @@ def test_the_last_parked_row_gives_its_blocks_first():
 
 def test_blocks_with_other_owners_go_last():
     scheduler = make_scheduler(num_blocks=6, block_size=4, max_context=24)
-    (alone,), (_, member) = _parked(scheduler, W[:7]), _parked(scheduler, W[:8], n=2)
-    scheduler.add_group(W[:11], 1, scheduler.add_rules(), 1)
+    (alone,), (_, member) = _parked(scheduler, W[:7]), _parked(scheduler, W[4:12], n=2)
+    scheduler.add_group(W[12:23], 1, scheduler.add_rules(), 1)
     step(scheduler, W[0])
     scheduler.inject(alone, [W[1]])
     scheduler.inject(member, [W[1]])
@@ -167,9 +167,9 @@ def test_blocks_with_other_owners_go_last():
 
 
 def test_the_newest_row_is_preempted_first():
-    scheduler = make_scheduler(num_blocks=6, block_size=4, max_context=24)
+    scheduler = make_scheduler(num_blocks=10, block_size=4, max_context=24)
     rules = scheduler.add_rules()
-    seqs = [scheduler.add_group(W[:4], 1, rules, 12)[0] for _ in range(3)]
+    seqs = [scheduler.add_group(W[i : i + 4], 1, rules, 12)[0] for i in range(3)]
     seen = []
     while (plan := scheduler.plan()) is not None:
         seen.append(plan.seqs.tolist())
@@ -183,18 +183,14 @@ def test_the_newest_row_is_preempted_first():
 def test_injected_rows_go_before_others_that_wait_for_a_slot():
     scheduler = make_scheduler(max_batch=2)
     (running,) = scheduler.add_group(W[:3], 1, scheduler.add_rules(), 9)
-    resumed, _, injected = _parked_beside(scheduler)
-    scheduler.inject(resumed, [])
+    rules = scheduler.add_rules(park_patterns=[b"<q>"])
+    leader, waiting, injected = scheduler.add_group([1, 2], 3, rules, 9)
+    step(scheduler, *W[:3], TOKEN_BYTES.index(b"<q>"))
+    scheduler.finish(leader, "cancelled")
     scheduler.inject(injected, [W[0]])
     assert step(scheduler, W[0])[0].seqs.tolist() == [running, injected]
-
-
-def _parked_beside(scheduler):
-    rules = scheduler.add_rules(park_patterns=[b"<q>"])
-    seqs = scheduler.add_group([1, 2], 3, rules, 9)
-    step(scheduler, W[0], *[TOKEN_BYTES.index(b"<q>")] * 3)
-    assert scheduler.stats()["parked"] == 3
-    return seqs
+    scheduler.finish(running, "cancelled")
+    assert step(scheduler, W[0])[0].seqs.tolist() == [waiting, injected]
 
 
 def _run(scheduler, token: int):
@@ -212,7 +208,7 @@ def test_a_row_that_lost_its_slot_inside_the_prompt_goes_on_there():
     (old,) = scheduler.add_group(W[:1], 1, rules, 2)
     first, second = scheduler.add_group(W[:8], 2, rules, 2)
     _run(scheduler, TOKEN_BYTES.index(b"<q>"))
-    scheduler.add_group(W[:17], 1, rules, 1)  # takes all blocks of the three parked rows
+    scheduler.add_group(W[7:24], 1, rules, 1)  # takes all blocks of the three parked rows
     _run(scheduler, W[0])
     scheduler.inject(second, [W[1]])
     assert step(scheduler)[0].positions.tolist() == [0, 1, 2]
@@ -221,9 +217,10 @@ def test_a_row_that_lost_its_slot_inside_the_prompt_goes_on_there():
     step(scheduler)
     scheduler.inject(old, [W[1]])
     assert step(scheduler, W[0])[0].seqs.tolist() == [old]
-    plan = _run(scheduler, W[0])[0]
-    assert plan.seqs.tolist() == [first, second]
-    assert plan.positions.tolist() == [8, 9, 3]
+    plans = _run(scheduler, W[0])
+    assert plans[0].seqs.tolist() == [first]
+    resumed = next(plan for plan in plans if second in plan.seqs)
+    assert resumed.positions.tolist() == [3, 4, 5]
 
 
 def test_a_preempted_row_takes_its_prompt_from_a_sibling():

@@ -20,7 +20,7 @@ def test_a_commit_without_a_plan():
         make_scheduler().commit(np.zeros(0, np.int64), *[np.zeros(0, np.float32)] * 2)
 
 
-@pytest.mark.parametrize("tokens", [[], [1, 2], [-1], [2**31]], ids=str)
+@pytest.mark.parametrize("tokens", [[], [1, 2], [-2], [2**31]], ids=str)
 def test_a_commit_of_other_samples_changes_nothing(tokens):
     scheduler = make_scheduler()
     (seq,) = scheduler.add_group([1], 1, scheduler.add_rules(), 4)

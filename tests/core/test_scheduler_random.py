@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -27,7 +28,13 @@ SHAPES = {
     "one-token-blocks": Shape(num_blocks=48, block_size=1, max_batch=3, max_step_tokens=9),
     "one-token-steps": Shape(num_blocks=14, max_step_tokens=1),
     "one-slot": Shape(num_blocks=15, max_batch=1, max_step_tokens=16),
+    "swapping": Shape(num_blocks=14, host_blocks=20),
+    "little-swap": Shape(num_blocks=10, block_size=3, host_blocks=3, max_batch=5),
+    "no-prefix-cache": Shape(num_blocks=12, host_blocks=5, prefix_cache=False),
 }
+
+HEADS = [list(range(start, start + 13)) for start in (10, 15, 20)]
+"""Beginnings that prompts share."""
 
 
 def _ids(rng: random.Random, most: int) -> list[int]:
@@ -35,10 +42,15 @@ def _ids(rng: random.Random, most: int) -> list[int]:
 
 
 def _add(harness: Harness, rng: random.Random, prompt_id: int) -> None:
-    prompt = _ids(rng, min(13, harness.max_context - 1))
-    rules = rng.choice(list(RULES.values()))
-    n = rng.choice([1, 1, 2, 3, 7])
-    harness.add(prompt, n, rules, max_tokens=rng.randint(1, 25), prompt_id=prompt_id)
+    prompt = rng.choice(HEADS)[: rng.randint(0, 13)] + _ids(rng, 9)
+    harness.add(
+        prompt[: harness.max_context - 1],
+        rng.choice([1, 1, 2, 3, 7]),
+        rng.choice(list(RULES.values())),
+        max_tokens=rng.randint(1, 25),
+        prompt_id=prompt_id,
+        temperatures=rng.choice([(), (0.5,), (1.0, 0.25, 0.125)]),
+    )
 
 
 def _edit(harness: Harness, rng: random.Random) -> None:
@@ -54,6 +66,13 @@ def _edit(harness: Harness, rng: random.Random) -> None:
         harness.set_rules(rng.choice(runnable), rng.choice(list(RULES.values())))
     elif harness.twins and action < 0.75:
         harness.release(rng.choice(list(harness.twins)))
+    elif parked and action < 0.9:
+        wait = rng.choice([0.0, rng.uniform(0, 20), math.inf])
+        harness.scheduler.expect_wait(rng.choice(parked), wait)
+    elif action < 0.93:
+        harness.scheduler.set_prefill_rate(rng.choice([1.0, 10.0, 1e6]))
+    elif action < 0.96:
+        harness.pool.advance_epoch()
 
 
 def _drain(harness: Harness, rng: random.Random) -> None:
@@ -84,6 +103,7 @@ def test_rows_become_what_they_become_alone(shape, seed):
     harness.scheduler.check()
     stats = harness.scheduler.stats()
     assert stats["free_blocks"] == shape.num_blocks
+    assert stats["free_host_blocks"] == shape.host_blocks
     assert stats["running"] == stats["waiting"] == stats["parked"] == 0
 
 

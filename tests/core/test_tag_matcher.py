@@ -36,7 +36,7 @@ def _random_vocabulary(rng: random.Random, patterns: list[bytes]) -> list[bytes]
 def test_matches_equal_a_search_in_the_decoded_bytes(patterns, seed):
     rng = random.Random(seed)
     token_bytes = _random_vocabulary(rng, patterns)
-    matcher = _core.TagMatcher(patterns, token_bytes)
+    matcher = _core.TagMatcher(patterns, _core.Vocabulary(token_bytes))
     for _ in range(20):
         state, text = matcher.root, b""
         for token in rng.choices(range(len(token_bytes)), k=31):
@@ -49,7 +49,7 @@ def test_matches_equal_a_search_in_the_decoded_bytes(patterns, seed):
 def test_the_first_match_is_where_bytes_find_says(patterns):
     rng = random.Random(7)
     token_bytes = _random_vocabulary(rng, patterns)
-    matcher = _core.TagMatcher(patterns, token_bytes)
+    matcher = _core.TagMatcher(patterns, _core.Vocabulary(token_bytes))
     found = 0
     for _ in range(200):
         state, text = matcher.root, b""
@@ -70,7 +70,7 @@ def test_the_first_match_is_where_bytes_find_says(patterns):
 def test_completing_tokens_are_those_that_would_match(patterns, seed):
     rng = random.Random(100 + seed)
     token_bytes = _random_vocabulary(rng, patterns)
-    matcher = _core.TagMatcher(patterns, token_bytes)
+    matcher = _core.TagMatcher(patterns, _core.Vocabulary(token_bytes))
     state, text = matcher.root, b""
     for token in rng.choices(range(len(token_bytes)), k=60):
         expected = completing_tokens(text, patterns, token_bytes)
@@ -79,7 +79,7 @@ def test_completing_tokens_are_those_that_would_match(patterns, seed):
 
 
 def test_overshoot_counts_the_bytes_behind_the_first_match():
-    matcher = _core.TagMatcher([b"</c>"], [b"</", b"c>\n\n", b"a</c>b</c>"])
+    matcher = _core.TagMatcher([b"</c>"], _core.Vocabulary([b"</", b"c>\n\n", b"a</c>b</c>"]))
     state, pattern, overshoot = matcher.advance(matcher.root, 0)
     assert (pattern, overshoot) == (-1, 0)
     assert matcher.advance(state, 1)[1:] == (0, 2)
@@ -87,7 +87,7 @@ def test_overshoot_counts_the_bytes_behind_the_first_match():
 
 
 def test_tokens_without_bytes_change_nothing():
-    matcher = _core.TagMatcher([b"ab"], [b"a", b"", b"b"])
+    matcher = _core.TagMatcher([b"ab"], _core.Vocabulary([b"a", b"", b"b"]))
     state = matcher.advance(matcher.root, 0)[0]
     for token in (1, 3, 10**6):
         assert matcher.advance(state, token) == (state, -1, 0)
@@ -99,10 +99,10 @@ def test_tokens_without_bytes_change_nothing():
 )
 def test_bad_patterns_are_refused(patterns, message):
     with pytest.raises(ValueError, match=message):
-        _core.TagMatcher(patterns, [b"a"])
+        _core.TagMatcher(patterns, _core.Vocabulary([b"a"]))
 
 
 @pytest.mark.parametrize("state", [-1, 3])
 def test_an_unknown_state_is_refused(state):
     with pytest.raises(ValueError, match=r"not in \[0, 3\)"):
-        _core.TagMatcher([b"ab"], [b"a"]).advance(state, 0)
+        _core.TagMatcher([b"ab"], _core.Vocabulary([b"a"])).advance(state, 0)

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -30,14 +31,30 @@ std::vector<Event> commit(Scheduler& scheduler, const StepPlan& plan) {
   return scheduler.commit(tokens, ones, ones);
 }
 
+struct Shape {
+  int num_blocks, block_size, max_batch, max_step_tokens, max_context;
+  int host_blocks = 0;
+};
+
+struct Machine {
+  explicit Machine(const Shape& shape)
+      : pool(std::make_shared<KvPool>(shape.num_blocks, shape.block_size, shape.host_blocks)),
+        scheduler(pool, std::make_shared<const Vocabulary>(letters()),
+                  {shape.max_batch, shape.max_step_tokens, shape.max_context}) {}
+
+  std::shared_ptr<KvPool> pool;
+  Scheduler scheduler;
+};
+
 struct Run {
   std::map<SeqId, std::vector<TokenId>> tokens;
   SchedulerStats stats;
 };
 
 // Groups with parks, injections and early finishes until nothing is left.
-Run run_all(const SchedulerConfig& config) {
-  Scheduler scheduler(config, letters());
+Run run_all(const Shape& shape) {
+  Machine machine(shape);
+  Scheduler& scheduler = machine.scheduler;
   const int rules = scheduler.add_rules({{30}, {"ff"}, {"c", "g"}, {5}, {"hh"}});
   const std::vector<TokenId> prompt{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
   std::vector<SeqId> seqs;
@@ -68,10 +85,10 @@ Run run_all(const SchedulerConfig& config) {
 
 void results_depend_on_no_shape() {
   const Run reference = run_all({512, 16, 64, 256, 60});
-  const std::vector<SchedulerConfig> shapes{{60, 1, 64, 256, 60}, {15, 4, 64, 64, 60},
+  const std::vector<Shape> shapes{{60, 1, 64, 256, 60}, {15, 4, 64, 64, 60},
                                             {20, 3, 5, 7, 60},    {512, 16, 1, 1, 60},
-                                            {64, 16, 3, 2, 60}};
-  for (const SchedulerConfig& shape : shapes) {
+                                            {64, 16, 3, 2, 60},   {15, 4, 64, 64, 60, 9}};
+  for (const Shape& shape : shapes) {
     const Run run = run_all(shape);
     EXPECT(run.tokens == reference.tokens);
     EXPECT(run.stats.running == 0 && run.stats.waiting == 0 && run.stats.parked == 0);
@@ -86,7 +103,8 @@ void tight_pools_preempt() {
 
 void unfinished_rows_can_be_released_in_any_state() {
   for (int steps = 0; steps < 9; ++steps) {
-    Scheduler scheduler({9, 2, 4, 5, 16}, letters());
+    Machine machine({9, 2, 4, 5, 16});
+    Scheduler& scheduler = machine.scheduler;
     const int rules = scheduler.add_rules({});
     const std::vector<TokenId> prompt{1, 2, 3, 4, 5, 6, 7};
     auto seqs = scheduler.add_group(prompt, 5, rules, {.max_tokens = 9});
@@ -101,7 +119,8 @@ void unfinished_rows_can_be_released_in_any_state() {
 }
 
 void refuses_misuse() {
-  Scheduler scheduler({9, 2, 4, 5, 16}, letters());
+  Machine machine({9, 2, 4, 5, 16});
+  Scheduler& scheduler = machine.scheduler;
   const std::vector<TokenId> prompt{1, 2, 3};
   const int rules = scheduler.add_rules({});
   THROWS(InvalidArgument, "rules 7", scheduler.add_group(prompt, 1, 7, {}));
@@ -115,9 +134,27 @@ void refuses_misuse() {
   THROWS(InvalidArgument, "it finished as 'length'", scheduler.finish(seq, "stop"));
 }
 
+void a_pool_serves_schedulers_one_after_another() {
+  const auto pool = std::make_shared<KvPool>(9, 2);
+  const auto vocabulary = std::make_shared<const Vocabulary>(letters());
+  const std::vector<TokenId> prompt{1, 2, 3, 4, 5, 6, 7};
+  for (const int hit_tokens : {0, 6}) {
+    Scheduler scheduler(pool, vocabulary, {4, 9, 16});
+    scheduler.add_group(prompt, 2, scheduler.add_rules({}), {.max_tokens = 9});
+    commit(scheduler, *scheduler.plan());
+    THROWS(InvalidState, "4 of 9 blocks of the pool are in use",
+           Scheduler(pool, vocabulary, {4, 9, 16}));
+    EXPECT(scheduler.stats().blocks.hit_tokens == hit_tokens);
+    scheduler.plan();
+  }
+  EXPECT(pool->num_free() == 9);
+  pool->check();
+}
+
 }  // namespace
 
 int main() {
   return eapo_test::run(results_depend_on_no_shape, tight_pools_preempt,
-                        unfinished_rows_can_be_released_in_any_state, refuses_misuse);
+                        unfinished_rows_can_be_released_in_any_state, refuses_misuse,
+                        a_pool_serves_schedulers_one_after_another);
 }

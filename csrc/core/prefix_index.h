@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "types.h"
+
+namespace eapo {
+
+// Finds the block that holds the KV of given tokens behind a given block.
+//
+// A block's hash chains its parent's (the epoch of the weights for a first block) with its tokens.
+// It only leads to candidates: a block is found if its epoch, its parent block and all its tokens
+// are the wanted ones, so what is found is exact as long as a block stays in the index while its
+// children do. KvPool sees to that.
+class PrefixIndex {
+ public:
+  PrefixIndex(int num_blocks, int block_size);
+
+  // The block of these `block_size` tokens behind `parent` (kNoBlock: at the start of a row), or
+  // kNoBlock. The parent is in the index.
+  BlockId find(BlockId parent, std::span<const TokenId> tokens, std::uint64_t epoch) const;
+
+  // Takes a block in; only where find() finds nothing.
+  void add(BlockId block, BlockId parent, std::span<const TokenId> tokens, std::uint64_t epoch);
+  void remove(BlockId block);
+
+  bool contains(BlockId block) const { return listed_[block] != 0; }
+  BlockId parent(BlockId block) const { return parents_[block]; }
+  std::uint64_t epoch(BlockId block) const { return epochs_[block]; }
+  std::span<const TokenId> tokens(BlockId block) const;
+  int size() const { return size_; }
+
+  // 64 bits that tell `tokens` behind a parent of hash `parent` from most others.
+  static std::uint64_t hash(std::uint64_t parent, std::span<const TokenId> tokens);
+
+ private:
+  std::uint64_t hash_behind(BlockId parent, std::span<const TokenId> tokens,
+                            std::uint64_t epoch) const;
+  BlockId& bucket(std::uint64_t hash) { return buckets_[hash & (buckets_.size() - 1)]; }
+
+  int block_size_;
+  int size_ = 0;
+  std::vector<BlockId> buckets_;  // first block of each; a power of two of them
+  std::vector<BlockId> next_;     // in the bucket
+  std::vector<std::uint8_t> listed_;
+  std::vector<std::uint64_t> hashes_;
+  std::vector<std::uint64_t> epochs_;
+  std::vector<BlockId> parents_;
+  std::vector<TokenId> tokens_;  // [num_blocks, block_size]
+};
+
+}  // namespace eapo
