@@ -227,7 +227,8 @@ class DecodeGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         out = self._logits[: len(logits)]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads (scoring, an expert's model) may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out.copy_(run())
         return _Captured(graph.replay, out)
 
