@@ -32,6 +32,11 @@ def test_the_trial_measures_and_sums_up(make_model: Callable[..., Any]) -> None:
     assert found.vocab_size == make_model("deepseek_v3").config.vocab_size
 
 
+def test_values_may_be_wider_than_keys(make_model: Callable[..., Any]) -> None:
+    found = paged_model(make_model("deepseek_v3", spread=0.15, v_head_dim=20))
+    assert found.kv_elements == 2 * 2 * 4 * 20
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_pass_with_room(dtype: torch.dtype, make_model: Callable[..., Any]) -> None:
     found = paged_model(make_model("qwen3", spread=0.15).to(dtype))

@@ -156,11 +156,12 @@ class DecodeGraphs:
         if rows != len(plan.kv_lens):
             return None
         size = _size_of(plan)
-        buffers = self._buffers.get(size)
-        if buffers is None:
-            buffers = self._buffers[size] = _Buffers(size, self._device)
-        buffers.load(plan)
-        logits = self._logits_of(size, buffers, len(plan.shared_lens))[:rows]
+        with torch.inference_mode(False):  # buffers outlive somebody's inference mode
+            buffers = self._buffers.get(size)
+            if buffers is None:
+                buffers = self._buffers[size] = _Buffers(size, self._device)
+            buffers.load(plan)
+            logits = self._logits_of(size, buffers, len(plan.shared_lens))[:rows]
         if len(plan.logits_rows) == rows:
             return logits
         return logits[torch.from_numpy(plan.logits_rows).to(self._device)]
