@@ -147,6 +147,8 @@ def test_wrappers_are_refused(make_model: Callable[..., Any]) -> None:
     wrapper: Any = nn.DataParallel(make_model())
     with pytest.raises(ModelError, match=r"DataParallel.*not a transformers model.*\.module"):
         paged_model(wrapper)
+    with pytest.raises(ModelError, match="DataParallel has no LM head"):
+        Sampler(wrapper)
 
 
 def test_logits_that_are_not_finite_are_no_reason_to_refuse(make_model: Callable[..., Any]) -> None:
