@@ -128,18 +128,26 @@ def test_a_window_that_contradicts_the_mask_is_refused(make_model: Callable[...,
         paged_model(model)
 
 
-def test_weights_that_are_not_whole_on_one_device_are_refused(
-    make_model: Callable[..., Any],
-) -> None:
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_weights_that_are_elsewhere_are_refused(make_model: Callable[..., Any]) -> None:
     model = make_model()
-    name = "model.layers.0.mlp.up_proj.weight"
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.to("meta"))
-    with pytest.raises(ModelError, match=f"1 of its parameters are on the meta device.*{name}"):
+    with pytest.raises(ModelError, match=f"1 of its parameters are on the meta device.*{NAME}"):
         paged_model(model)
-    layer.weight = nn.Parameter(torch.empty(0))
-    layer.weight.ds_shape = (48, 32)  # as ZeRO-3 leaves it outside of a gathering context
-    with pytest.raises(ModelError, match=f"1 of its parameters are shards.*{name}"):
+
+
+@pytest.mark.parametrize("mark", ["ds_shape", "_is_flat_param", "device_mesh"])
+def test_shards_are_refused(mark: str, make_model: Callable[..., Any]) -> None:
+    """ZeRO-3 outside of a gathering context, FSDP, FSDP2 and tensor parallel, by their marks."""
+    model = make_model()
+    layer = model.model.layers[0].mlp.up_proj
+    if mark == "ds_shape":
+        layer.weight = nn.Parameter(torch.empty(0))
+    setattr(layer.weight, mark, (48, 32))
+    with pytest.raises(ModelError, match=f"1 of its parameters are shards.*{NAME}"):
         paged_model(model)
 
 
