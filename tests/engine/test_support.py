@@ -32,6 +32,11 @@ def test_the_trial_measures_and_sums_up(make_model: Callable[..., Any]) -> None:
     assert found.vocab_size == make_model("deepseek_v3").config.vocab_size
 
 
+def test_values_may_be_wider_than_keys(make_model: Callable[..., Any]) -> None:
+    found = paged_model(make_model("deepseek_v3", spread=0.15, v_head_dim=20))
+    assert found.kv_elements == 2 * 2 * 4 * 20
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_pass_with_room(dtype: torch.dtype, make_model: Callable[..., Any]) -> None:
     found = paged_model(make_model("qwen3", spread=0.15).to(dtype))
@@ -123,18 +128,26 @@ def test_a_window_that_contradicts_the_mask_is_refused(make_model: Callable[...,
         paged_model(model)
 
 
-def test_weights_that_are_not_whole_on_one_device_are_refused(
-    make_model: Callable[..., Any],
-) -> None:
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_weights_that_are_elsewhere_are_refused(make_model: Callable[..., Any]) -> None:
     model = make_model()
-    name = "model.layers.0.mlp.up_proj.weight"
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.to("meta"))
-    with pytest.raises(ModelError, match=f"1 of its parameters are on the meta device.*{name}"):
+    with pytest.raises(ModelError, match=f"1 of its parameters are on the meta device.*{NAME}"):
         paged_model(model)
-    layer.weight = nn.Parameter(torch.empty(0))
-    layer.weight.ds_shape = (48, 32)  # as ZeRO-3 leaves it outside of a gathering context
-    with pytest.raises(ModelError, match=f"1 of its parameters are shards.*{name}"):
+
+
+@pytest.mark.parametrize("mark", ["ds_shape", "_is_flat_param", "device_mesh"])
+def test_shards_are_refused(mark: str, make_model: Callable[..., Any]) -> None:
+    """ZeRO-3 outside of a gathering context, FSDP, FSDP2 and tensor parallel, by their marks."""
+    model = make_model()
+    layer = model.model.layers[0].mlp.up_proj
+    if mark == "ds_shape":
+        layer.weight = nn.Parameter(torch.empty(0))
+    setattr(layer.weight, mark, (48, 32))
+    with pytest.raises(ModelError, match=f"1 of its parameters are shards.*{NAME}"):
         paged_model(model)
 
 
@@ -142,6 +155,8 @@ def test_wrappers_are_refused(make_model: Callable[..., Any]) -> None:
     wrapper: Any = nn.DataParallel(make_model())
     with pytest.raises(ModelError, match=r"DataParallel.*not a transformers model.*\.module"):
         paged_model(wrapper)
+    with pytest.raises(ModelError, match="DataParallel has no LM head"):
+        Sampler(wrapper)
 
 
 def test_logits_that_are_not_finite_are_no_reason_to_refuse(make_model: Callable[..., Any]) -> None:

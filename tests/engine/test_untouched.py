@@ -147,6 +147,13 @@ def test_autocast_samples_in_its_dtype(kind: str, make_model: Callable[..., Any]
     assert sampler.generate(PROMPTS[:1], PARAMS)[0] == plain
 
 
+def test_inference_mode_does_not_outlive_its_call(make_model: Callable[..., Any]) -> None:
+    sampler = Sampler(make_model().half(), config=SamplerConfig(block_size=4, num_blocks=40))
+    with torch.inference_mode():
+        inside = sampler.generate(PROMPTS, PARAMS)
+    assert sampler.generate(PROMPTS, PARAMS) == inside
+
+
 def test_autocast_does_not_sample_from_weights_it_cast_before_an_update(
     make_model: Callable[..., Any],
 ) -> None:

@@ -125,7 +125,8 @@ def paged_logits(
         positions: [T] int64, place of each token in its sequence.
         rows: [L] int64, rows whose logits are wanted, ascending; None: all T.
     """
-    with torch.no_grad(), paged_forward(model, step):
+    # The pool may be first met, and so allocated, inside of somebody's inference mode.
+    with torch.inference_mode(False), torch.no_grad(), paged_forward(model, step):
         logits: Tensor = model(
             input_ids=input_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),

@@ -9,6 +9,9 @@ from transformers import PreTrainedModel
 
 from eapo_fast.engine.mode import compute_dtype
 
+_OWN_OF_MODULES = frozenset(vars(torch.nn.Module()))
+"""Train mode (sampling sets it) and the tables of parameters, children and hooks."""
+
 
 def structure(model: PreTrainedModel) -> object:
     """Return what decides how a model computes: its configuration, classes, dtypes, devices."""
@@ -25,7 +28,7 @@ def storage(model: torch.nn.Module) -> object:
     """Return what a captured forward has baked in: addresses, and plain attributes of modules.
 
     The attributes hold what is Python in a forward, such as the scale and the name of the active
-    adapters; hooks run in Python too. Train mode is left out: sampling sets it.
+    adapters; hooks run in Python too.
     """
     parts: list[object] = []
     for module in model.modules():
@@ -37,7 +40,7 @@ def storage(model: torch.nn.Module) -> object:
             tuple(
                 (name, plain)
                 for name, value in vars(module).items()
-                if name != "training" and (plain := _plain(value)) is not None
+                if name not in _OWN_OF_MODULES and (plain := _plain(value)) is not None
             )
         )
     return tuple(parts)

@@ -9,9 +9,10 @@ exchanged, hooks), `refresh` drops the captured forwards. A new KV pool takes a 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -61,22 +62,18 @@ class _Buffers:
     def __init__(self, size: _Size, device: torch.device) -> None:
         rows, width, spans = size.rows, size.width, size.spans
         on_gpu = device.type == "cuda"
-        self._host = (
-            torch.zeros(3 * rows, dtype=torch.int64, pin_memory=on_gpu),
-            torch.zeros(rows * (1 + width) + 3 * spans, dtype=torch.int32, pin_memory=on_gpu),
+        self._long_shapes = [(rows,)] * 3
+        self._int_shapes = [(rows,), (rows, width), (spans, 2), (spans,)]
+        self._host = tuple(
+            torch.zeros(sum(map(_room, shapes)), dtype=dtype, pin_memory=on_gpu)
+            for shapes, dtype in ((self._long_shapes, torch.int64), (self._int_shapes, torch.int32))
         )
         self._device = tuple(x.to(device) for x in self._host) if on_gpu else self._host
-        self._rows, self._width, self._spans = rows, width, spans
         self.cu_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.input_ids, self.positions, self.slots = self._device[0].view(3, rows)
-        self.kv_lens, self.block_tables, self.shared_spans, self.shared_lens = self._parts(
-            self._device[1]
+        self.input_ids, self.positions, self.slots = _cut(self._device[0], self._long_shapes)
+        self.kv_lens, self.block_tables, self.shared_spans, self.shared_lens = _cut(
+            self._device[1], self._int_shapes
         )
-
-    def _parts(self, ints: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, width, spans = self._rows, self._width, self._spans
-        lens, tables, pairs, shared = ints.split([rows, rows * width, 2 * spans, spans])
-        return lens, tables.view(rows, width), pairs.view(spans, 2), shared
 
     def load(self, plan: Any) -> None:
         """Copy a plan of at most this size into the buffers.
@@ -84,8 +81,8 @@ class _Buffers:
         The step before must have been waited for (its tokens were read): its copies are done then.
         """
         rows, spans, width = len(plan.input_ids), len(plan.shared_lens), plan.block_tables.shape[1]
-        ids, positions, slots = self._host[0].view(3, self._rows).numpy()
-        kv_lens, tables, pairs, shared = (x.numpy() for x in self._parts(self._host[1]))
+        ids, positions, slots = (x.numpy() for x in _cut(self._host[0], self._long_shapes))
+        kv_lens, tables, pairs, shared = (x.numpy() for x in _cut(self._host[1], self._int_shapes))
         for into, values, padding in (
             (ids, plan.input_ids, 0),
             (positions, plan.positions, 0),
@@ -99,6 +96,17 @@ class _Buffers:
         if self._device is not self._host:
             for device, host in zip(self._device, self._host, strict=True):
                 device.copy_(host, non_blocking=True)
+
+
+def _room(shape: Sequence[int]) -> int:
+    """Elements that a tensor takes in a buffer whose tensors begin at multiples of 16 bytes."""
+    return -(-prod(shape) // 4) * 4
+
+
+def _cut(buffer: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the tensors that lie one behind the other in `buffer`."""
+    pieces = buffer.split([_room(shape) for shape in shapes])
+    return [p[: prod(shape)].view(*shape) for p, shape in zip(pieces, shapes, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +164,12 @@ class DecodeGraphs:
         if rows != len(plan.kv_lens):
             return None
         size = _size_of(plan)
-        buffers = self._buffers.get(size)
-        if buffers is None:
-            buffers = self._buffers[size] = _Buffers(size, self._device)
-        buffers.load(plan)
-        logits = self._logits_of(size, buffers, len(plan.shared_lens))[:rows]
+        with torch.inference_mode(False):  # buffers outlive somebody's inference mode
+            buffers = self._buffers.get(size)
+            if buffers is None:
+                buffers = self._buffers[size] = _Buffers(size, self._device)
+            buffers.load(plan)
+            logits = self._logits_of(size, buffers, len(plan.shared_lens))[:rows]
         if len(plan.logits_rows) == rows:
             return logits
         return logits[torch.from_numpy(plan.logits_rows).to(self._device)]
@@ -227,7 +236,8 @@ class DecodeGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         out = self._logits[: len(logits)]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads (scoring, an expert's model) may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out.copy_(run())
         return _Captured(graph.replay, out)
 

@@ -81,7 +81,7 @@ def _wrong_weights(model: torch.nn.Module) -> Iterator[str]:
 
 
 def _is_shard(parameter: torch.nn.Parameter) -> bool:
-    if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "device_mesh"):
+    if hasattr(parameter, "_is_flat_param") or hasattr(parameter, "device_mesh"):
         return True
     return parameter.numel() == 0 and hasattr(parameter, "ds_shape")
 

@@ -37,7 +37,7 @@ def context_limit(model: PreTrainedModel) -> int:
 
 def vocab_size(model: PreTrainedModel) -> int:
     """Return the rows of the LM head; raises `ModelError` for a model without one."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         raise ModelError(f"model: {type(model).__name__} has no LM head; load it as a causal LM")
     return int(getattr(head, "out_features", None) or head.weight.shape[0])

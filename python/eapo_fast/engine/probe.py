@@ -48,8 +48,8 @@ class _Recording:
     limit: int
     calls: list[AttentionCall] = field(default_factory=list)
     counter: CallCounter = field(default_factory=CallCounter)
-    masks: dict[int, tuple[Tensor, _MaskFunction]] = field(default_factory=dict)
-    """By storage address; the mask is kept so that no other gets the same address."""
+    masks: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
+    """Masks and their windows by storage address; held, so that no other gets the same address."""
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("eapo_probe", default=None)
@@ -79,7 +79,8 @@ def _record_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     mask = sdpa_mask(*args, **kwargs)
     recording = _recording.get()
     if recording is not None and mask is not None:
-        recording.masks[mask.untyped_storage().data_ptr()] = mask, kwargs["mask_function"]
+        window = _window(kwargs["mask_function"], recording.limit)
+        recording.masks[mask.untyped_storage().data_ptr()] = mask, window
     return mask
 
 
@@ -127,7 +128,7 @@ def _seen(
     held = recording.masks.get(mask.untyped_storage().data_ptr())
     if held is None:
         return told, "it attends through a mask of its own making"
-    window = _window(held[1], recording.limit)
+    _, window = held
     if window is None:
         return (
             told,

@@ -1,0 +1,273 @@
+"""Decode steps on static buffers: the same logits, and captured forwards that never go stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eapo_fast import SamplingParams
+from eapo_fast.engine import Sampler, SamplerConfig, Session
+from eapo_fast.engine.cache import PagedCache
+from eapo_fast.engine.graphs import DecodeGraphs, bucket_rows
+from eapo_fast.engine.support import paged_model
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 40, 41, 42, 43], [40, 41, 42]]
+
+
+def with_spans(plan: Any, spans: Any = ()) -> Any:
+    """A step plan whose decode rows share `spans` of (first segment, segments, tokens)."""
+    table = np.array(spans, dtype=np.int32).reshape(-1, 3)
+    arrays = ("input_ids", "positions", "slots", "kv_lens", "block_tables", "logits_rows")
+    return SimpleNamespace(
+        **{name: getattr(plan, name) for name in arrays},
+        shared_spans=table[:, :2],
+        shared_lens=table[:, 2],
+    )
+
+
+def decode_plan(rows: int, blocks: int = 1, spans: Any = ()) -> Any:
+    """A plan of `rows` decode rows in their last block, of block size 4."""
+    plan = SimpleNamespace(
+        input_ids=np.arange(5, 5 + rows),
+        positions=np.full(rows, 4 * blocks - 1),
+        slots=4 * np.arange(rows) + 3,
+        kv_lens=np.full(rows, 4 * blocks, dtype=np.int32),
+        block_tables=np.tile(np.arange(rows, dtype=np.int32)[:, None], (1, blocks)),
+        logits_rows=np.arange(rows),
+    )
+    return with_spans(plan, spans)
+
+
+def test_row_buckets() -> None:
+    sizes = [1, 2, 3, 4, 5, 8, 9, 16, 17, 63, 64, 65, 80, 250, 256, 257, 512, 513]
+    buckets = [1, 2, 4, 4, 8, 8, 16, 16, 24, 64, 64, 80, 80, 256, 256, 512, 512, 1024]
+    assert [bucket_rows(rows) for rows in sizes] == buckets
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gemma2", "gpt2", "phimoe", "qwen3_moe"])
+def test_static_steps_have_the_logits_of_ordinary_ones(
+    kind: str, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(kind, spread=0.1)
+    params = SamplingParams(max_tokens=24, n=3, seed=2)
+    sampler = Sampler(model, config=SamplerConfig(block_size=4, max_prefill_tokens=6))
+    ordinary = Session._forward
+    seen: list[int] = []
+    graphs: list[DecodeGraphs] = []
+
+    def both(session: Session, plan: Any) -> torch.Tensor:
+        expected = ordinary(session, plan)
+        if not graphs:
+            windows = paged_model(model, 4).windows
+            graphs.append(DecodeGraphs(model, session._cache, windows=windows, capture=False))
+        graphs[0].refresh()
+        logits = graphs[0].forward(with_spans(plan))
+        assert (logits is None) == (len(plan.kv_lens) < len(plan.input_ids))
+        if logits is not None:
+            torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+            seen.append(len(plan.input_ids))
+        return expected
+
+    monkeypatch.setattr(Session, "_forward", both)
+    sampler.generate(PROMPTS, params)
+    assert len(seen) > 15
+    assert max(seen) == 9
+
+
+def test_only_the_wanted_rows_come_back(make_model: Callable[..., Any]) -> None:
+    graphs = DecodeGraphs(make_model(), PagedCache(8, 4), windows={}, capture=False)
+    plan = decode_plan(3)
+    everything = graphs.forward(plan)
+    assert everything is not None
+    everything = everything.clone()
+    plan.logits_rows = np.array([0, 2])
+    some = graphs.forward(plan)
+    assert some is not None
+    assert torch.equal(some, everything[[0, 2]])
+
+
+def test_shared_prefixes_reach_attention(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eapo_fast.engine import attention
+
+    given: list[Any] = []
+    ordinary = attention.paged_attention
+
+    def note(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given.append((kwargs["shared"], kwargs["longest"]))
+        return ordinary(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "paged_attention", note)
+    graphs = DecodeGraphs(make_model(), PagedCache(8, 4), windows={}, capture=False)
+    graphs.forward(decode_plan(7, blocks=2, spans=[(0, 2, 4), (2, 3, 8), (5, 2, 4)]))
+    graphs.forward(decode_plan(7, blocks=2))
+    (spans, lens), longest = given[0]
+    assert spans.tolist() == [[0, 2], [2, 3], [5, 2]]
+    assert lens.tolist() == [4, 8, 4]
+    assert longest == (1, 32)
+    assert given[-1] == (None, (1, 32))
+
+
+class Recorder:
+    """Stands in for CUDA: a replay runs the captured forward again."""
+
+    def __init__(self) -> None:
+        self.records = self.replays = 0
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> Any:
+        from eapo_fast.engine.graphs import _Captured
+
+        self.records += 1
+        logits = run()
+
+        def replay() -> None:
+            self.replays += 1
+            logits.copy_(run())
+
+        return _Captured(replay, logits)
+
+
+@pytest.fixture
+def recorded(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model, its graphs, and what they record."""
+    model = make_model(spread=0.15)
+    graphs = DecodeGraphs(model, PagedCache(64, 4), windows={}, capture=True)
+    recorder = Recorder()
+    monkeypatch.setattr(graphs, "_record", recorder)
+    graphs.refresh()
+    return model, graphs, recorder
+
+
+def test_one_capture_for_each_size(recorded: Any) -> None:
+    _, graphs, recorder = recorded
+    for rows in (3, 4, 3):
+        graphs.forward(decode_plan(rows))
+    assert (recorder.records, recorder.replays) == (1, 3)
+    graphs.forward(decode_plan(5))
+    graphs.forward(decode_plan(4, blocks=9))
+    graphs.forward(decode_plan(4, blocks=16))
+    assert recorder.records == 3
+    graphs.forward(decode_plan(4, spans=[(0, 2, 4)]))
+    assert recorder.records == 4
+    assert graphs.capture
+
+
+def test_captured_spans_are_padded_with_empty_ones(recorded: Any) -> None:
+    _, graphs, _ = recorded
+    graphs.forward(decode_plan(8, spans=[(0, 2, 4), (2, 2, 4), (4, 2, 4), (6, 2, 4)]))
+    graphs.forward(decode_plan(8, spans=[(0, 2, 4), (2, 2, 4), (4, 2, 4)]))
+    (buffers,) = graphs._buffers.values()
+    assert buffers.shared_spans.tolist() == [[0, 2], [2, 2], [4, 2], [0, 0]]
+    assert buffers.shared_lens.tolist() == [4, 4, 4, 0]
+
+
+def test_weights_may_change_in_place(recorded: Any) -> None:
+    model, graphs, recorder = recorded
+    before = graphs.forward(decode_plan(4)).clone()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    graphs.refresh()
+    assert not torch.equal(graphs.forward(decode_plan(4)), before)
+    assert recorder.records == 1
+
+
+def move(model: Any) -> None:
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+
+
+def exchange(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn = torch.nn.Tanh()
+
+
+def rescale(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling *= 2.0
+
+
+def hook(model: Any) -> None:
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+
+
+def reconfigure(model: Any) -> None:
+    model.config.rms_norm_eps = 1e-3
+
+
+@pytest.mark.parametrize("change", [move, exchange, rescale, hook, reconfigure])
+def test_what_is_baked_in_is_captured_anew(change: Callable[[Any], None], recorded: Any) -> None:
+    model, graphs, recorder = recorded
+    graphs.forward(decode_plan(4))
+    graphs.refresh()
+    graphs.forward(decode_plan(4))
+    assert recorder.records == 1
+    change(model)
+    graphs.refresh()
+    graphs.forward(decode_plan(4))
+    assert recorder.records == 2
+
+
+def test_switched_adapters_are_captured_anew(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make_model(spread=0.15), config)
+    model.add_adapter("other", config)
+    graphs = DecodeGraphs(model, PagedCache(64, 4), windows={}, capture=True)
+    recorder = Recorder()
+    monkeypatch.setattr(graphs, "_record", recorder)
+
+    def sample() -> torch.Tensor:
+        graphs.refresh()
+        logits = graphs.forward(decode_plan(4))
+        assert logits is not None
+        return logits.clone()
+
+    first = sample()
+    model.set_adapter("other")
+    assert not torch.equal(sample(), first)
+    model.set_adapter("default")
+    with model.disable_adapter():
+        assert not torch.equal(sample(), first)
+    assert torch.equal(sample(), first)
+    assert recorder.records == 4
+
+
+def test_a_model_that_cannot_be_captured_runs_eagerly(recorded: Any) -> None:
+    _, graphs, recorder = recorded
+    expected = graphs.forward(decode_plan(4)).clone()
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    graphs._record = fail
+    with pytest.warns(RuntimeWarning, match="Qwen2.*cannot be captured.*not permitted when s") as w:
+        graphs.forward(decode_plan(8))
+    assert len(w) == 1
+    assert torch.equal(graphs.forward(decode_plan(4)), expected)
+    assert recorder.records == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "qwen3_moe"])
+def test_captured_steps_on_a_gpu(kind: str, make_model: Callable[..., Any]) -> None:
+    model = make_model(kind, spread=0.15).cuda()
+    windows = paged_model(model, 16).windows
+    cache = PagedCache(64, 16)
+    captured = DecodeGraphs(model, cache, windows=windows, capture=True)
+    eager = DecodeGraphs(model, cache, windows=windows, capture=False)
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(scale)
+        captured.refresh()
+        for rows in (3, 4, 9, 3):
+            got, want = captured.forward(decode_plan(rows)), eager.forward(decode_plan(rows))
+            assert got is not None
+            assert want is not None
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert captured.capture
