@@ -9,6 +9,7 @@
 
 #include "bindings/advantage_args.h"
 #include "bindings/bindings.h"
+#include "bindings/storage.h"
 #include "bindings/tensor_view.h"
 #include "core/error.h"
 #include "cpu/dispatch.h"
@@ -20,10 +21,6 @@ namespace eapo {
 namespace {
 
 constexpr int64_t kAny = -1;
-
-cpu::Storage storage_of(const TensorView& tensor) {
-  return tensor.is_bfloat16() ? cpu::Storage::kBFloat16 : cpu::Storage::kFloat32;
-}
 
 // Every element must be in [0, limit).
 template <typename T>

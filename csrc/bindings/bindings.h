@@ -10,4 +10,7 @@ void bind_core(pybind11::module_& m);
 // ISA choice, threads and the CPU kernels.
 void bind_cpu(pybind11::module_& m);
 
+// Pieces of a transformer layer on the CPU.
+void bind_layers(pybind11::module_& m);
+
 }  // namespace eapo

@@ -12,6 +12,9 @@ struct KernelTable {
   const char* isa;
   void (*sample)(const SampleArgs&);
   void (*paged_attention)(const AttentionArgs&);
+  void (*rms_norm)(const RmsNormArgs&);
+  void (*gated_activation)(const GatedActivationArgs&);
+  void (*rotary)(const RotaryArgs&);
 };
 
 // The table in use: EAPO_FAST_ISA if set, else the widest this CPU runs. Throws

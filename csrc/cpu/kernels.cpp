@@ -53,6 +53,7 @@ namespace scalar {
 #include "cpu/truncate-inl.h"
 #include "cpu/sample-inl.h"
 #include "cpu/attention-inl.h"
+#include "cpu/layers-inl.h"
 #undef EAPO_LANES
 }  // namespace scalar
 
@@ -65,6 +66,7 @@ namespace avx2 {
 #include "cpu/truncate-inl.h"
 #include "cpu/sample-inl.h"
 #include "cpu/attention-inl.h"
+#include "cpu/layers-inl.h"
 #undef EAPO_LANES
 }  // namespace avx2
 EAPO_END_TARGET
@@ -77,6 +79,7 @@ namespace avx512 {
 #include "cpu/truncate-inl.h"
 #include "cpu/sample-inl.h"
 #include "cpu/attention-inl.h"
+#include "cpu/layers-inl.h"
 #undef EAPO_LANES
 }  // namespace avx512
 EAPO_END_TARGET
@@ -86,10 +89,13 @@ EAPO_END_TARGET
 
 const std::vector<KernelTable>& compiled_tables() {
   static const std::vector<KernelTable> tables = {
-      {"scalar", scalar::sample, scalar::paged_attention},
+      {"scalar", scalar::sample, scalar::paged_attention, scalar::rms_norm, scalar::gated_activation,
+       scalar::rotary},
 #if EAPO_X86
-      {"avx2", avx2::sample, avx2::paged_attention},
-      {"avx512", avx512::sample, avx512::paged_attention},
+      {"avx2", avx2::sample, avx2::paged_attention, avx2::rms_norm, avx2::gated_activation,
+       avx2::rotary},
+      {"avx512", avx512::sample, avx512::paged_attention, avx512::rms_norm, avx512::gated_activation,
+       avx512::rotary},
 #endif
   };
   return tables;

@@ -49,6 +49,44 @@ struct AttentionArgs {
   void* out;                        // [T, q_heads, dim] contiguous
 };
 
+// out = x / sqrt(mean(x^2) + eps) * weight over the last dimension; kernels/rms_norm gives the
+// rounding points.
+struct RmsNormArgs {
+  Storage storage;          // of x, weight and out
+  int64_t rows, size;
+  const void* x;            // [rows, size], x_stride apart
+  int64_t x_stride;
+  const void* weight;       // [size]
+  float eps;
+  bool unit_offset;         // the factor is 1 + weight
+  bool cast_before_weight;  // round to the storage type before the factor
+  void* out;                // [rows, size] contiguous
+};
+
+enum class Activation { kSilu, kGeluTanh };
+
+// out = activation(gate) * up.
+struct GatedActivationArgs {
+  Storage storage;  // of gate, up and out
+  Activation activation;
+  int64_t rows, size;
+  const void *gate, *up;  // [rows, size], their strides apart
+  int64_t gate_stride, up_stride;
+  void* out;  // [rows, size] contiguous
+};
+
+// Rotary position embedding: entries i and i + rotated / 2 of a head turn together.
+struct RotaryArgs {
+  Storage storage, angle_storage;  // of x and out; of cos and sin
+  int64_t batches, heads, tokens, dim;
+  int64_t rotated;  // even, the first entries of a head
+  const void* x;    // [batches, heads, tokens, dim] by the strides
+  int64_t batch_stride, head_stride, token_stride;
+  const void *cos, *sin;  // [angle_batches, tokens, rotated] contiguous
+  int64_t angle_batches;  // batches or 1
+  void* out;              // [batches, tokens, heads, dim] contiguous
+};
+
 // Group-relative advantages; kernels/group_advantages/reference.py gives the formulas.
 // Double accumulation in the order of the rollouts; one thread, the same on every instruction set.
 void group_advantages(const AdvantageArgs& args);

@@ -31,10 +31,21 @@ EAPO_INLINE F load(const float* p) {
   return v;
 }
 
+// By hand where the compiler would widen in halves.
+EAPO_INLINE U widened(H h) {
+#if EAPO_LANES == 16
+  return (U)_mm512_cvtepu16_epi32((__m256i)h);
+#elif EAPO_LANES == 8
+  return (U)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, U);
+#endif
+}
+
 EAPO_INLINE F load(const BFloat16* p) {
   H h;
   std::memcpy(&h, p, sizeof h);
-  const U bits = __builtin_convertvector(h, U) << 16;
+  const U bits = widened(h) << 16;
   return (F)bits;
 }
 
@@ -55,6 +66,15 @@ EAPO_INLINE void store(BFloat16* p, F v) {
   const U quiet = (bits >> 16) | 0x40u;
   const H h = __builtin_convertvector(v != v ? quiet : rounded, H);
   std::memcpy(p, &h, sizeof h);
+}
+
+// v as it would be read back after a store to T. A NaN that arithmetic on T gave stays one: its low
+// bits are clear, so that rounding cannot carry out of it.
+template <typename T>
+EAPO_INLINE F rounded(F v) {
+  if constexpr (std::is_same_v<T, float>) return v;
+  const U bits = (U)v;
+  return (F)((bits + ((bits >> 16) & 1u) + 0x7fffu) & 0xffff0000u);
 }
 
 template <typename T>

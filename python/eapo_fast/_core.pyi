@@ -380,3 +380,13 @@ def group_advantages(
     valid: Tensor | None,
     out: Tensor,
 ) -> None: ...
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    unit_offset: bool,
+    cast_before_weight: bool,
+    out: Tensor,
+) -> None: ...
+def gated_activation(gate: Tensor, up: Tensor, kind: str, out: Tensor) -> None: ...
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None: ...

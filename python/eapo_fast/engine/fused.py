@@ -1,0 +1,79 @@
+"""Fused CPU ops inside the transformers model itself, for the time of a sampling call.
+
+Between its matrix products a transformers layer runs chains of small torch ops. The modules that
+hold such a chain are given another `forward` as an instance attribute: RMS norms, gated MLPs, and
+attention modules, whose own code then runs with another `apply_rotary_pos_emb`. Parameters stay
+where they are, no class and no module of transformers is changed, submodules are called as modules
+(LoRA layers and hooks work), and what is not recognised runs as ever.
+
+A module is recognised by its very class, by what it is made of, and by a trial of its class on a
+small input, which must give what the fused op gives.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from eapo_fast.engine.fused_forwards import Norm, Unit, attention_unit, mlp_unit, norm_unit
+
+_GEMMA = Norm(eps="eps", unit_offset=True, cast_before_weight=False)
+FAMILIES = {
+    "llama": ("Llama", Norm()),
+    "qwen2": ("Qwen2", Norm()),
+    "qwen3": ("Qwen3", Norm()),
+    "qwen3_moe": ("Qwen3Moe", Norm()),
+    "mistral": ("Mistral", Norm()),
+    "phi3": ("Phi3", Norm()),
+    "granite": ("Granite", Norm()),
+    "olmo2": ("Olmo2", Norm(cast_before_weight=False)),
+    "gemma2": ("Gemma2", _GEMMA),
+    "gemma3": ("Gemma3", _GEMMA),
+}
+"""Folder in `transformers.models`: prefix of its class names, spelling of its norm."""
+
+_units: WeakKeyDictionary[nn.Module, list[Unit]] = WeakKeyDictionary()
+
+
+@contextmanager
+def fused_modules(model: nn.Module) -> Iterator[None]:
+    """Run the recognised modules of `model` on fused CPU ops; any exit undoes it, and it nests.
+
+    Where gradients are enabled, and for tensors that the CPU kernels do not take, a module runs its
+    own forward. The model is searched once: modules that were added since run unfused.
+    """
+    changed = [unit for unit in units_of(model) if unit.is_free()]
+    try:
+        for unit in changed:
+            vars(unit.module)["forward"] = unit.fused
+        yield
+    finally:
+        for unit in changed:
+            vars(unit.module).pop("forward", None)
+
+
+def units_of(model: nn.Module) -> list[Unit]:
+    """Return the modules of `model` that can be fused; remembered as long as the model lives."""
+    if model not in _units:
+        found = (_recognise(module) for module in model.modules())
+        _units[model] = [unit for unit in found if unit is not None]
+    return _units[model]
+
+
+def _recognise(module: nn.Module) -> Unit | None:
+    cls = type(module)
+    for folder, (prefix, norm) in FAMILIES.items():
+        home = f"transformers.models.{folder}.modeling_{folder}"
+        if cls.__module__ != home or vars(sys.modules[home]).get(cls.__name__) is not cls:
+            continue
+        if cls.__name__ == f"{prefix}RMSNorm":
+            return norm_unit(module, norm)
+        if cls.__name__ == f"{prefix}MLP":
+            return mlp_unit(module)
+        if cls.__name__ == f"{prefix}Attention":
+            return attention_unit(module)
+    return None
