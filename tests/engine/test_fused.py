@@ -66,7 +66,7 @@ def test_logits_are_those_of_the_model(
     assert replaced(model) == []
     assert torch.equal(logits(model), before)
     scale = float(before.abs().max())
-    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-7  # rounding of two layers
     torch.testing.assert_close(got, before, rtol=0, atol=tolerance * scale)
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from eapo_fast.engine.attention import CallKey, PagedStep, paged_logits
 from eapo_fast.engine.cache import PagedCache
+from eapo_fast.engine.graphs import DecodeGraphs
 
 
 class PagedForward:
@@ -21,18 +22,28 @@ class PagedForward:
         model: causal LM in eval mode.
         cache: KV blocks.
         windows: sliding windows that only the model's masks know.
+        graphs: runs the decode-only steps where there is one; of the same model and cache.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: PagedCache, windows: Mapping[CallKey, int]
+        self,
+        model: PreTrainedModel,
+        cache: PagedCache,
+        windows: Mapping[CallKey, int],
+        graphs: DecodeGraphs | None,
     ) -> None:
         self._model = model
         self._cache = cache
         self._windows = windows
+        self._graphs = graphs
         self._device = model.device
 
     def __call__(self, plan: Any) -> Tensor:
-        """Return logits [L, V] of the rows that sample in this step."""
+        """Return logits [L, V] of the rows that sample in this step; valid until the next call."""
+        logits = self._graphs.forward(plan) if self._graphs is not None else None
+        return self._packed(plan) if logits is None else logits
+
+    def _packed(self, plan: Any) -> Tensor:
         shared = (self._on_device(plan.shared_spans), self._on_device(plan.shared_lens))
         step = PagedStep(
             cache=self._cache,

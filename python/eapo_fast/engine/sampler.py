@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from eapo_fast import _core
+from eapo_fast.engine.forward import PagedForward
+from eapo_fast.engine.fused import fused_modules
+from eapo_fast.engine.graphs import DecodeGraphs
 from eapo_fast.engine.limits import context_limit, vocab_size
 from eapo_fast.engine.mode import compute_dtype, sampling_mode
 from eapo_fast.engine.params import Completion, SamplerConfig, SamplingParams
@@ -49,6 +52,7 @@ class Sampler:
         self.eos_token_ids = _eos_ids(model)
         self.max_context = context_limit(model)
         self._pool: Pool | None = None
+        self._graphs: tuple[Pool, DecodeGraphs] | None = None
         self._weights = WeightsVersion(model)
         _core.set_num_threads(torch.get_num_threads())
 
@@ -135,14 +139,16 @@ class Sampler:
         pool = self._reserve([len(p) for p in prompts], each, foreign_tokens, paged)
         if self._weights.changed():
             pool.blocks.advance_epoch()
-        with sampling_mode(self.model):
+        forward = PagedForward(self.model, pool.cache, paged.windows, self._graphs_of(pool, paged))
+        fused = fused_modules(self.model) if self.config.fused_modules else nullcontext()
+        with sampling_mode(self.model), fused:
             yield Session(
-                self.model,
+                self.model.device,
                 pool,
                 self._token_bytes,
                 config=self.config,
                 max_context=self.max_context,
-                windows=paged.windows,
+                forward=forward,
             )
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -193,6 +199,16 @@ class Sampler:
             host = host_blocks(self.model, self.config, wanted, self._block_bytes(paged))
             pool = self._pool = Pool(wanted, size, host, kind)
         return pool
+
+    def _graphs_of(self, pool: Pool, paged: PagedModel) -> DecodeGraphs | None:
+        """Return the captured decode steps of this pool, on a GPU; they outlive sessions."""
+        if self.model.device.type != "cuda" or not self.config.cuda_graphs:
+            return None
+        if self._graphs is None or self._graphs[0] is not pool:
+            graphs = DecodeGraphs(self.model, pool.cache, windows=paged.windows, capture=True)
+            self._graphs = pool, graphs
+        self._graphs[1].refresh()
+        return self._graphs[1]
 
     def _block_bytes(self, paged: PagedModel) -> int:
         return paged.kv_elements * compute_dtype(self.model).itemsize * self.config.block_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from eapo_fast import _core
-from eapo_fast.engine.attention import CallKey
 from eapo_fast.engine.forward import PagedForward
 from eapo_fast.engine.params import SamplerConfig, SamplingParams
 from eapo_fast.engine.pool import Pool
@@ -59,27 +57,27 @@ class Session:
     """Rows that are decoded together over one KV pool.
 
     Args:
-        model: causal LM in eval mode; its parameters are used as they are.
+        device: where the model is.
         pool: KV pool; nobody else may use it while the session runs.
         token_bytes: bytes of every token, empty ones when no strings are matched.
         config: engine shape.
         max_context: most tokens of a sequence.
-        windows: sliding windows that only the model's masks know (see `support`).
+        forward: runs the model on the tokens of a plan.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        device: torch.device,
         pool: Pool,
         token_bytes: Any,
         *,
         config: SamplerConfig,
         max_context: int,
-        windows: Mapping[CallKey, int],
+        forward: PagedForward,
     ) -> None:
         self._cache = pool.cache
-        self._device = model.device
-        self._forward = PagedForward(model, pool.cache, windows)
+        self._device = device
+        self._forward = forward
         self.scheduler = _core.Scheduler(
             pool.blocks,
             token_bytes,
