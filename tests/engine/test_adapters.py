@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from eapo_fast import SamplingParams
-from eapo_fast.engine import Completion, Sampler
+from eapo_fast.engine import Completion, Sampler, SamplerConfig
 from eapo_fast.engine.support import paged_model
 from eapo_fast.errors import ModelError
 
@@ -108,6 +108,19 @@ def test_switched_peft_adapters_are_followed(lora: Any) -> None:
     check_logprobs(lora.eval(), second)
     lora.set_adapter("default")
     assert generate(lora) == first
+
+
+def test_cached_prefixes_are_those_of_the_active_adapters(lora: Any) -> None:
+    sampler = Sampler(lora, config=SamplerConfig(block_size=2))
+    adapted = sampler.generate(PROMPTS, PARAMS)
+    with lora.disable_adapter():
+        plain = sampler.generate(PROMPTS, PARAMS)
+        check_logprobs(lora.eval(), plain)
+    assert sampler.generate(PROMPTS, PARAMS) == adapted
+    for module in lora.modules():
+        if isinstance(scaling := getattr(module, "scaling", None), dict):
+            scaling["default"] *= 0.25
+    check_logprobs(lora, sampler.generate(PROMPTS, PARAMS))
 
 
 def test_a_head_that_is_trained_whole(make_model: Callable[..., Any]) -> None:

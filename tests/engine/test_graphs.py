@@ -11,36 +11,31 @@ import pytest
 import torch
 
 from eapo_fast import SamplingParams
-from eapo_fast.engine import Sampler, SamplerConfig, Session
+from eapo_fast.engine import Sampler, SamplerConfig
 from eapo_fast.engine.cache import PagedCache
+from eapo_fast.engine.forward import PagedForward
 from eapo_fast.engine.graphs import DecodeGraphs, bucket_rows
 from eapo_fast.engine.support import paged_model
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 40, 41, 42, 43], [40, 41, 42]]
 
 
-def with_spans(plan: Any, spans: Any = ()) -> Any:
-    """A step plan whose decode rows share `spans` of (first segment, segments, tokens)."""
-    table = np.array(spans, dtype=np.int32).reshape(-1, 3)
-    arrays = ("input_ids", "positions", "slots", "kv_lens", "block_tables", "logits_rows")
-    return SimpleNamespace(
-        **{name: getattr(plan, name) for name in arrays},
-        shared_spans=table[:, :2],
-        shared_lens=table[:, 2],
-    )
-
-
 def decode_plan(rows: int, blocks: int = 1, spans: Any = ()) -> Any:
-    """A plan of `rows` decode rows in their last block, of block size 4."""
-    plan = SimpleNamespace(
+    """A plan of `rows` decode rows in their last block, of block size 4.
+
+    They share `spans` of (first segment, segments, tokens).
+    """
+    table = np.array(spans, dtype=np.int32).reshape(-1, 3)
+    return SimpleNamespace(
         input_ids=np.arange(5, 5 + rows),
         positions=np.full(rows, 4 * blocks - 1),
         slots=4 * np.arange(rows) + 3,
         kv_lens=np.full(rows, 4 * blocks, dtype=np.int32),
         block_tables=np.tile(np.arange(rows, dtype=np.int32)[:, None], (1, blocks)),
         logits_rows=np.arange(rows),
+        shared_spans=table[:, :2],
+        shared_lens=table[:, 2],
     )
-    return with_spans(plan, spans)
 
 
 def test_row_buckets() -> None:
@@ -56,27 +51,27 @@ def test_static_steps_have_the_logits_of_ordinary_ones(
     model = make_model(kind, spread=0.1)
     params = SamplingParams(max_tokens=24, n=3, seed=2)
     sampler = Sampler(model, config=SamplerConfig(block_size=4, max_prefill_tokens=6))
-    ordinary = Session._forward
-    seen: list[int] = []
+    ordinary = PagedForward.__call__
+    seen: list[tuple[int, int]] = []
     graphs: list[DecodeGraphs] = []
 
-    def both(session: Session, plan: Any) -> torch.Tensor:
-        expected = ordinary(session, plan)
+    def both(forward: PagedForward, plan: Any) -> torch.Tensor:
+        expected = ordinary(forward, plan)
         if not graphs:
             windows = paged_model(model, 4).windows
-            graphs.append(DecodeGraphs(model, session._cache, windows=windows, capture=False))
+            graphs.append(DecodeGraphs(model, forward._cache, windows=windows, capture=False))
         graphs[0].refresh()
-        logits = graphs[0].forward(with_spans(plan))
-        assert (logits is None) == (len(plan.kv_lens) < len(plan.input_ids))
+        logits = graphs[0].forward(plan)
+        assert (logits is None) == (plan.max_q_len > 1)
         if logits is not None:
             torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
-            seen.append(len(plan.input_ids))
+            seen.append((len(plan.input_ids), len(plan.shared_lens)))
         return expected
 
-    monkeypatch.setattr(Session, "_forward", both)
+    monkeypatch.setattr(PagedForward, "__call__", both)
     sampler.generate(PROMPTS, params)
     assert len(seen) > 15
-    assert max(seen) == 9
+    assert max(seen) == (9, 1)
 
 
 def test_only_the_wanted_rows_come_back(make_model: Callable[..., Any]) -> None:

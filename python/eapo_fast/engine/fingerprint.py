@@ -1,4 +1,4 @@
-"""What of a model may not change unnoticed: for its trial, and for captured forwards."""
+"""What of a model may not change unnoticed: for its trial, captured forwards, cached prefixes."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def structure(model: PreTrainedModel) -> object:
 
 
 def storage(model: torch.nn.Module) -> object:
-    """Return what a captured forward has baked in: addresses, and plain attributes of modules.
+    """Return what a captured forward has baked in: addresses, and what it does in Python."""
+    addresses = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
+    return addresses, switches(model)
 
-    The attributes hold what is Python in a forward, such as the scale and the name of the active
-    adapters; hooks run in Python too.
-    """
+
+def switches(model: torch.nn.Module) -> object:
+    """Return what modules do in Python: plain attributes, such as a scale or the adapters that are
+    active, and the number of hooks."""
     parts: list[object] = []
     for module in model.modules():
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        parts.append(id(module))
-        parts.extend(None if x is None else x.data_ptr() for x in tensors)
-        parts.append((len(module._forward_hooks), len(module._forward_pre_hooks)))
+        parts.append((id(module), len(module._forward_hooks), len(module._forward_pre_hooks)))
         parts.append(
             tuple(
                 (name, plain)
@@ -44,6 +44,14 @@ def storage(model: torch.nn.Module) -> object:
             )
         )
     return tuple(parts)
+
+
+def weights(model: torch.nn.Module) -> object:
+    """Return what changes with the weights, as far as torch counts it.
+
+    It counts changes in place, unless they are made through `.data`; every optimizer's are counted.
+    """
+    return tuple((p.data_ptr(), p._version) for p in model.parameters())
 
 
 def _plain(value: Any) -> object:

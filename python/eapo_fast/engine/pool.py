@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from eapo_fast import _core
 from eapo_fast.engine.cache import PagedCache, host_memory_budget, memory_budget
+from eapo_fast.engine.fingerprint import structure, switches, weights
 from eapo_fast.engine.params import SamplerConfig
 
 
@@ -32,10 +33,10 @@ class Pool:
 
 
 class WeightsVersion:
-    """Notices that a model computes something else than before.
+    """Notices that a model computes something else than before: other weights, configuration,
+    autocast, adapters, or scales.
 
-    torch counts in-place changes of a tensor made outside `.data`; every optimizer's are. Storage,
-    active adapters and autocast are looked at too.
+    torch counts in-place changes of a tensor made outside `.data`; every optimizer's are.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -48,11 +49,7 @@ class WeightsVersion:
         return seen != self._seen
 
     def _fingerprint(self) -> object:
-        device = self._model.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        adapters = str(getattr(self._model, "active_adapters", None))
-        parameters = tuple((p.data_ptr(), p._version) for p in self._model.parameters())
-        return parameters, autocast, adapters
+        return weights(self._model), structure(self._model), switches(self._model)
 
 
 def affordable_blocks(model: PreTrainedModel, block_bytes: int) -> int:
