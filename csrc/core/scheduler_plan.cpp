@@ -68,7 +68,7 @@ void Scheduler::plan_batch_prefill(bool prompts) {
 // block, and then the prefix is not taken either.
 void Scheduler::schedule(Sequence& row, const Prefix& prefix, int tokens, Victims victims) {
   int end = std::min(prefix.tokens + tokens, kv_.stop(row, prefix));
-  if (!reclaim(row, prefix, end, 0, victims)) end = std::min(end, kv_.reachable(row, prefix));
+  if (!reclaim(row, prefix, end, victims)) end = std::min(end, kv_.reachable(row, prefix));
   if (end <= prefix.tokens) return;
   kv_.extend(row, prefix, end);
   row.planned = end - row.computed;
@@ -99,8 +99,11 @@ bool Scheduler::make_room(const Sequence& row, const Prefix& prefix) {
   const bool injected = row.place == Place::kInjected;
   const bool kept = injected || 2 * static_cast<int>(batch_.size()) < max_batch_;
   add_growth(row);
-  const int margin = injected ? 0 : growth_.peak();
-  return reclaim(row, prefix, row.length(), margin, {kParkedOnly, kept});
+  if (!injected) {
+    const int wanted = kv_.shortfall(row, prefix, row.length()) + growth_.peak();
+    if (wanted > 0 && parked_supply(wanted, kept) < wanted) return false;
+  }
+  return reclaim(row, prefix, row.length(), {kParkedOnly, kept});
 }
 
 // What is shared with siblings stays when the row ends.
