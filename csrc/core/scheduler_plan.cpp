@@ -92,12 +92,12 @@ bool Scheduler::admit_from(Queue& queue) {
 }
 
 // Makes a row outside the batch fit as a whole, if it can. An injected row may displace parked KV;
-// others may displace what should be kept only while the batch is less than half full (idle compute
-// costs more than lost KV), and need room for what they and the batch are expected to grow by, lest
+// others may displace what should be kept only while the batch is less than a quarter full (idle
+// compute costs more than lost KV), and need room for what they and the batch are expected to grow by, lest
 // admission cause preemption.
 bool Scheduler::make_room(const Sequence& row, const Prefix& prefix) {
   const bool injected = row.place == Place::kInjected;
-  const bool kept = injected || 2 * static_cast<int>(batch_.size()) < max_batch_;
+  const bool kept = injected || 4 * static_cast<int>(batch_.size()) < max_batch_;
   add_growth(row);
   if (!injected) {
     const int wanted = kv_.shortfall(row, prefix, row.length()) + growth_.peak();
