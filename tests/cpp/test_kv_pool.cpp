@@ -205,12 +205,12 @@ void equal_hashes_are_told_apart_by_tokens() {
   EXPECT(one != other && other[2] >= 0);
   EXPECT(PrefixIndex::hash(kRoot, one) == PrefixIndex::hash(kRoot, other));
   PrefixIndex index(4, 3);
-  index.add(2, kNoBlock, one, 0);
+  index.find_or_add(2, kNoBlock, one, 0);
   EXPECT(index.find(kNoBlock, other, 0) == kNoBlock);
-  index.add(3, kNoBlock, other, 0);
+  index.find_or_add(3, kNoBlock, other, 0);
   EXPECT(index.find(kNoBlock, one, 0) == 2);
   EXPECT(index.find(kNoBlock, other, 0) == 3);
-  index.add(0, 2, one, 0);  // equal hashes of parents do not make equal children
+  index.find_or_add(0, 2, one, 0);  // equal hashes of parents do not make equal children
   EXPECT(index.find(2, one, 0) == 0);
   EXPECT(index.find(3, one, 0) == kNoBlock);
   index.remove(3);
@@ -221,7 +221,7 @@ void equal_hashes_are_told_apart_by_tokens() {
 void epochs_are_told_apart() {
   const Path tokens{1, 2, 3};
   PrefixIndex index(4, 3);
-  index.add(1, kNoBlock, tokens, 7);
+  index.find_or_add(1, kNoBlock, tokens, 7);
   EXPECT(index.find(kNoBlock, tokens, 7) == 1);
   EXPECT(index.find(kNoBlock, tokens, 8) == kNoBlock);
 }
