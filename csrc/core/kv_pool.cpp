@@ -39,10 +39,7 @@ BlockId KvPool::find(BlockId parent, std::span<const TokenId> tokens) const {
 }
 
 BlockId KvPool::publish(BlockId block, BlockId parent, std::span<const TokenId> tokens) {
-  const BlockId known = find(parent, tokens);
-  if (known != kNoBlock) return known;
-  index_.add(block, parent, tokens, epoch_);
-  return block;
+  return index_.find_or_add(block, parent, tokens, epoch_);
 }
 
 std::optional<BlockId> KvPool::allocate_host() {

@@ -22,13 +22,14 @@ class PrefixIndex {
   // kNoBlock. The parent is in the index.
   BlockId find(BlockId parent, std::span<const TokenId> tokens, std::uint64_t epoch) const;
 
-  // Takes a block in; only where find() finds nothing.
-  void add(BlockId block, BlockId parent, std::span<const TokenId> tokens, std::uint64_t epoch);
+  // What find() finds; where it finds nothing, `block` is taken in and returned.
+  BlockId find_or_add(BlockId block, BlockId parent, std::span<const TokenId> tokens,
+                      std::uint64_t epoch);
   void remove(BlockId block);
 
-  bool contains(BlockId block) const { return listed_[block] != 0; }
-  BlockId parent(BlockId block) const { return parents_[block]; }
-  std::uint64_t epoch(BlockId block) const { return epochs_[block]; }
+  bool contains(BlockId block) const { return entries_[block].listed; }
+  BlockId parent(BlockId block) const { return entries_[block].parent; }
+  std::uint64_t epoch(BlockId block) const { return entries_[block].epoch; }
   std::span<const TokenId> tokens(BlockId block) const;
   int size() const { return size_; }
 
@@ -36,19 +37,25 @@ class PrefixIndex {
   static std::uint64_t hash(std::uint64_t parent, std::span<const TokenId> tokens);
 
  private:
+  struct Entry {
+    std::uint64_t hash = 0;
+    std::uint64_t epoch = 0;
+    BlockId parent = kNoBlock;
+    BlockId next = kNoBlock;  // in the bucket
+    bool listed = false;
+  };
+
   std::uint64_t hash_behind(BlockId parent, std::span<const TokenId> tokens,
                             std::uint64_t epoch) const;
-  BlockId& bucket(std::uint64_t hash) { return buckets_[hash & (buckets_.size() - 1)]; }
+  BlockId find_hash(std::uint64_t hash, BlockId parent, std::span<const TokenId> tokens,
+                    std::uint64_t epoch) const;
+  std::size_t bucket(std::uint64_t hash) const { return hash & (buckets_.size() - 1); }
 
   int block_size_;
   int size_ = 0;
   std::vector<BlockId> buckets_;  // first block of each; a power of two of them
-  std::vector<BlockId> next_;     // in the bucket
-  std::vector<std::uint8_t> listed_;
-  std::vector<std::uint64_t> hashes_;
-  std::vector<std::uint64_t> epochs_;
-  std::vector<BlockId> parents_;
-  std::vector<TokenId> tokens_;  // [num_blocks, block_size]
+  std::vector<Entry> entries_;    // [num_blocks]
+  std::vector<TokenId> tokens_;   // [num_blocks, block_size]
 };
 
 }  // namespace eapo

@@ -148,6 +148,7 @@ class Scheduler {
 
   void begin_step();
   void emit_step();
+  void reserve_rows(std::size_t rows);
   void emit(Sequence& row);
   void emit_tokens(const Sequence& row);
   void emit_samples(Sequence& row);

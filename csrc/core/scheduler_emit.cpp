@@ -19,6 +19,7 @@ void Scheduler::emit_step() {
   std::ranges::sort(planned_.begin(), others, ById{});
   const auto tokens = static_cast<std::size_t>(config_.max_step_tokens - budget_);
   for (auto* array : {&step_.input_ids, &step_.positions, &step_.slots}) array->reserve(tokens);
+  reserve_rows(planned_.size());
   step_.cu_q.push_back(0);
   for (Sequence* const row : planned_) emit(*row);
   emit_block_tables();
@@ -27,6 +28,19 @@ void Scheduler::emit_step() {
   step_.swap_out = std::move(moves.swap_out);
   step_.swap_in = std::move(moves.swap_in);
   step_.copies = std::move(moves.copies);
+}
+
+// Most steps sample once for each row.
+void Scheduler::reserve_rows(std::size_t rows) {
+  step_.cu_q.reserve(rows + 1);
+  for (auto* array : {&step_.seqs, &step_.kv_lens, &step_.sample_rows, &step_.sample_seqs,
+                      &step_.top_ks}) {
+    array->reserve(rows);
+  }
+  for (auto* array : {&step_.uniforms, &step_.temperatures, &step_.top_ps, &step_.min_ps}) {
+    array->reserve(rows);
+  }
+  step_.logits_rows.reserve(rows);
 }
 
 void Scheduler::emit(Sequence& row) {

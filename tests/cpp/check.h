@@ -32,6 +32,14 @@ int run(Tests... tests) {
   return failures == 0 ? 0 : 1;
 }
 
+// The integer behind `name` on the command line, or `fallback`.
+inline int option(int argc, char** argv, std::string_view name, int fallback) {
+  for (int i = 1; i + 1 < argc; ++i) {
+    if (argv[i] == name) return std::stoi(argv[i + 1]);
+  }
+  return fallback;
+}
+
 }  // namespace eapo_test
 
 #define EXPECT(condition) \
