@@ -72,23 +72,26 @@ EAPO_INLINE F sigmoid(F x) {
   return (x < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
 }
 
-EAPO_INLINE F silu(F x) { return x * sigmoid(x); }
+struct Silu {
+  EAPO_INLINE F operator()(F x) const { return x * sigmoid(x); }
+};
 
 // x / 2 * (1 + tanh(y)) = x * sigmoid(2 y), which does not cancel.
-EAPO_INLINE F gelu_tanh(F x) {
-  constexpr float kTwiceSqrtTwoOverPi = 1.5957691216057308f;
-  return x * sigmoid((x + x * x * x * 0.044715f) * kTwiceSqrtTwoOverPi);
-}
+struct GeluTanh {
+  EAPO_INLINE F operator()(F x) const {
+    constexpr float kTwiceSqrtTwoOverPi = 1.5957691216057308f;
+    return x * sigmoid((x + x * x * x * 0.044715f) * kTwiceSqrtTwoOverPi);
+  }
+};
 
 template <typename T, typename Function>
-EAPO_INLINE void gated_rows(const GatedActivationArgs& args, int64_t begin, int64_t end,
-                            const Function& function) {
+void gated_rows(const GatedActivationArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* gate = static_cast<const T*>(args.gate) + row * args.gate_stride;
     const T* up = static_cast<const T*>(args.up) + row * args.up_stride;
     T* out = static_cast<T*>(args.out) + row * args.size;
     for_vectors(args.size, [&](int64_t i, auto lanes) {
-      const F activated = rounded<T>(function(load_part(gate + i, lanes)));
+      const F activated = rounded<T>(Function()(load_part(gate + i, lanes)));
       store_part(out + i, lanes, activated * load_part(up + i, lanes));
     });
   }
@@ -97,9 +100,9 @@ EAPO_INLINE void gated_rows(const GatedActivationArgs& args, int64_t begin, int6
 template <typename T>
 void gated_activation_rows(const GatedActivationArgs& args, int64_t begin, int64_t end) {
   if (args.activation == Activation::kSilu)
-    gated_rows<T>(args, begin, end, [](F x) { return silu(x); });
+    gated_rows<T, Silu>(args, begin, end);
   else
-    gated_rows<T>(args, begin, end, [](F x) { return gelu_tanh(x); });
+    gated_rows<T, GeluTanh>(args, begin, end);
 }
 
 inline void gated_activation(const GatedActivationArgs& args) {

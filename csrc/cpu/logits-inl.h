@@ -63,8 +63,16 @@ struct Row {
     const float shift = max == -kInf ? 0.0f : max;
     return exp_nonpositive((x - shift) * inverse_temperature);
   }
+};
 
-  EAPO_INLINE F kept_weight(F x) const { return x < threshold ? F{} : weight(x); }
+struct FullWeight {
+  const Row& row;
+  EAPO_INLINE F operator()(F x) const { return row.weight(x); }
+};
+
+struct KeptWeight {
+  const Row& row;
+  EAPO_INLINE F operator()(F x) const { return x < row.threshold ? F{} : row.weight(x); }
 };
 
 EAPO_INLINE float block_max(const float* block) {

@@ -31,7 +31,7 @@ EAPO_INLINE double first_pass(const Source<T>& source, Row& row) {
       for (int64_t i = 0; i < b; ++i) row.masses[i] *= fall;
       total *= fall;
     }
-    total += row.masses[b] = block_mass(block, [&](F x) { return row.weight(x); });
+    total += row.masses[b] = block_mass(block, FullWeight{row});
   }
   return row.max == -kInf ? kInf : total;
 }
@@ -39,11 +39,10 @@ EAPO_INLINE double first_pass(const Source<T>& source, Row& row) {
 // Masses under row.threshold; returns their total.
 template <typename T>
 EAPO_INLINE double truncated_masses(const Source<T>& source, const Row& row) {
-  const auto weight = [&](F x) { return row.kept_weight(x); };
   BlockReader<T> blocks(source);
   double total = 0;
   for (int64_t b = 0; b < block_count(source.size); ++b) {
-    row.masses[b] = row.maxima[b] < row.threshold ? 0 : block_mass(blocks.at(b), weight);
+    row.masses[b] = row.maxima[b] < row.threshold ? 0 : block_mass(blocks.at(b), KeptWeight{row});
     total += row.masses[b];
   }
   return total;
@@ -90,7 +89,7 @@ EAPO_INLINE std::pair<int64_t, float> invert_cdf(const Source<T>& source, const 
   int64_t first = 0;
   reached = below;
   for (int64_t i = 0; i < kBlock; i += kLanes) {
-    const F candidates = row.kept_weight(load(block + i));
+    const F candidates = KeptWeight{row}(load(block + i));
     const double mass = reduce_sum(candidates);
     if (mass <= 0) continue;
     first = i;

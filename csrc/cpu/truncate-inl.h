@@ -106,6 +106,10 @@ EAPO_INLINE float find_threshold(Search& search, const Measure& measure) {
   return search.low;
 }
 
+struct One {
+  EAPO_INLINE F operator()(F) const { return broadcast(1.0f); }
+};
+
 inline float past(float x) { return std::nextafter(x, kInf); }
 
 // The k-th largest logit, -inf when fewer are finite.
@@ -117,7 +121,7 @@ inline float top_k_threshold(const Source<T>& source, const Row& row, int64_t k,
                 .low = -kInf,
                 .high = past(row.max)};
   collect(source, search);
-  return find_threshold(search, [](F) { return broadcast(1.0f); });
+  return find_threshold(search, One{});
 }
 
 // The largest logit t such that the entries >= t hold the share p of `total`, the mass of those
@@ -134,5 +138,5 @@ inline float top_p_threshold(const Source<T>& source, const Row& row, float p, d
                 .low = std::max(static_cast<float>(low), row.threshold),
                 .high = past(row.max)};
   collect(source, search);
-  return find_threshold(search, [&](F x) { return row.kept_weight(x); });
+  return find_threshold(search, KeptWeight{row});
 }

@@ -34,7 +34,7 @@ EAPO_INLINE F load(const float* p) {
 // By hand where the compiler would widen in halves.
 EAPO_INLINE U widened(H h) {
 #if EAPO_LANES == 16
-  return (U)_mm512_cvtepu16_epi32((__m256i)h);
+  return (U)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)h);
 #elif EAPO_LANES == 8
   return (U)_mm256_cvtepu16_epi32((__m128i)h);
 #else
@@ -137,7 +137,7 @@ EAPO_INLINE F exp_nonpositive(F x) {
         (r * 8.3334519073e-3f + 4.1665795894e-2f);
   p = p * square + (r * 1.6666665459e-1f + 5.0000001201e-1f);
   p = p * square + r + 1.0f;
-  const I power = ((I)shifted << 23) + (127 << 23);
+  const U power = ((U)shifted << 23) + (127u << 23);
   return x < -87.0f ? F{} : p * (F)power;
 }
 

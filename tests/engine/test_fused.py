@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN, GELUTanh
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from eapo_fast import SamplingParams
+from eapo_fast.engine import Sampler
 from eapo_fast.engine.fused import fused_modules, units_of
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -94,6 +96,16 @@ def test_each_module_rounds_like_its_own_forward(kind: str, make_model: MakeMode
             off = (module(x).view(torch.int16).int() - want.view(torch.int16).int()).abs()
             assert off.max() <= 1
             assert (off > 0).double().mean() < 0.002
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "phi3"])
+def test_the_sampler_draws_the_same_tokens(kind: str, make_model: MakeModel) -> None:
+    sampler = Sampler(make_model(kind))
+    params = SamplingParams(max_tokens=12, n=3, seed=4)
+    want = sampler.generate(IDS.tolist(), params)
+    with fused_modules(sampler.model):
+        got = sampler.generate(IDS.tolist(), params)
+    assert [[c.token_ids for c in g] for g in got] == [[c.token_ids for c in g] for g in want]
 
 
 def test_other_models_run_unchanged(make_model: MakeModel) -> None:
