@@ -72,8 +72,7 @@ cpu::Activation activation_of(const std::string& kind) {
   return cpu::Activation::kGeluTanh;
 }
 
-void gated_activation(py::handle gate_, py::handle up_, const std::string& kind,
-                      py::handle out_) {
+void gated_activation(py::handle gate_, py::handle up_, const std::string& kind, py::handle out_) {
   const TensorView gate(gate_, "gate"), up(up_, "up"), out(out_, "out");
   const Rows rows = rows_of(gate.expect_float32_or_bfloat16());
   const Rows up_rows = rows_of(up.expect_same_dtype(gate));
@@ -106,8 +105,8 @@ void rotary(py::handle x_, py::handle cos_, py::handle sin_, py::handle out_) {
   sin.expect_same_dtype(cos).expect_shape({cos.size(0), tokens, cos.size(2)}).expect_contiguous();
   require(cos.size(0) == batches || cos.size(0) == 1, "cos: want ", batches,
           " or 1 in the first dimension, got ", cos.size(0));
-  require(cos.size(2) % 2 == 0 && cos.size(2) <= dim, "cos: want an even last dimension of at most ",
-          dim, ", got ", cos.size(2));
+  require(cos.size(2) % 2 == 0 && cos.size(2) <= dim,
+          "cos: want an even last dimension of at most ", dim, ", got ", cos.size(2));
   out.expect_same_dtype(x).expect_shape({batches, tokens, heads, dim}).expect_contiguous();
   const cpu::RotaryArgs args{
       .storage = storage_of(x),

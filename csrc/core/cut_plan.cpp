@@ -36,10 +36,17 @@ void CutPlan::add(Sequence& row) {
   cuts_.push_back({&row, keep});
 }
 
+void CutPlan::add_all(Sequence& row) {
+  cuts_.push_back({&row, static_cast<int>(row.blocks.size())});
+  deepen(cuts_.back());
+}
+
 void CutPlan::deepen() {
-  for (Cut& cut : cuts_) {
-    for (; cut.keep > 0 && !enough(); --cut.keep) give(cut.row->blocks[cut.keep - 1]);
-  }
+  for (Cut& cut : cuts_) deepen(cut);
+}
+
+void CutPlan::deepen(Cut& cut) {
+  for (; cut.keep > 0 && !enough(); --cut.keep) give(cut.row->blocks[cut.keep - 1]);
 }
 
 std::span<const CutPlan::Cut> CutPlan::cuts() {

@@ -26,8 +26,9 @@ class CutPlan {
   // Blocks at the row's end that nobody else owns.
   void add(Sequence& row);
 
-  // All that the rows added so far own, blocks with several owners included: such a block becomes
-  // free once all its owners have been cut.
+  // All that the row owns, or the rows added so far: a block with several owners becomes free once
+  // all of them have given it up.
+  void add_all(Sequence& row);
   void deepen();
 
   // Rows that give up something, in the order of add(). A row gives up no block that would not
@@ -37,6 +38,7 @@ class CutPlan {
  private:
   int owners_left(BlockId block) const { return pool_->ref_count(block) - given_[block]; }
   void give(BlockId block);
+  void deepen(Cut& cut);
 
   const KvPool* pool_ = nullptr;
   int target_ = 0;

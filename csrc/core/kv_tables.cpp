@@ -13,6 +13,12 @@ bool KvTables::writes_shared_block(const Sequence& row) const {
   return row.computed % pool_->block_size() != 0 && pool_->ref_count(row.blocks.back()) > 1;
 }
 
+int KvTables::blocks_alone(const Sequence& row) const {
+  const auto shared = [&](BlockId block) { return pool_->ref_count(block) > 1; };
+  return static_cast<int>(std::ranges::find_if(row.blocks.rbegin(), row.blocks.rend(), shared) -
+                          row.blocks.rbegin());
+}
+
 // Only a row that ends at a published block, all of it of this epoch, can go on with another one.
 bool KvTables::looks_up(const Sequence& row) const {
   return prefix_cache_ && row.computed == row.published * pool_->block_size() &&

@@ -36,6 +36,9 @@ class KvTables {
   KvPool& pool() { return *pool_; }
   const KvPool& pool() const { return *pool_; }
 
+  // Blocks at the row's end that nobody else owns.
+  int blocks_alone(const Sequence& row) const;
+
   // What the row could take instead of computing it; takes nothing. At least one token of the row
   // remains to be computed.
   Prefix find_prefix(const Sequence& row) const;

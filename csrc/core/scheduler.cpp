@@ -119,6 +119,7 @@ void Scheduler::clear() {
   for (Queue* const queue : {&injected_, &ready_, &waiting_}) queue->clear();
   batch_.clear();
   parked_.clear();
+  parked_sharing_.clear();
   groups_.clear();
   planned_.clear();
   samples_.clear();
@@ -131,9 +132,9 @@ void Scheduler::expect_wait(SeqId seq, double seconds) {
   require(row.state == State::kParked, "cannot expect a wait of sequence ", seq,
           ": it is not parked");
   require(seconds >= 0, "seconds must be >= 0 (infinity: unknown), got ", seconds);
-  const bool holds_blocks = parked_.erase(&row) > 0;
+  remove_parked(row);
   row.expected_wait = seconds;
-  if (holds_blocks) parked_.insert(&row);
+  file_parked(row);
 }
 
 void Scheduler::set_prefill_rate(double tokens_per_second) {
@@ -193,7 +194,7 @@ void Scheduler::enter(Sequence& row, Place place, State state) {
     case Place::kWaiting: waiting_.insert(&row); break;
     case Place::kParked:
       ++num_parked_;
-      if (!row.blocks.empty()) parked_.insert(&row);
+      file_parked(row);
       break;
     case Place::kNone: break;
   }
@@ -207,7 +208,7 @@ void Scheduler::leave(Sequence& row) {
     case Place::kWaiting: waiting_.erase(&row); break;
     case Place::kParked:
       --num_parked_;
-      parked_.erase(&row);
+      remove_parked(row);
       break;
     case Place::kNone: break;
   }

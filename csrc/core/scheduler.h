@@ -135,12 +135,15 @@ class Scheduler {
   void admit(Sequence& row);
   void preempt(Sequence& row);
 
-  bool reclaim(const Sequence& row, const Prefix& prefix, int end, int margin, Victims victims);
+  bool reclaim(const Sequence& row, const Prefix& prefix, int end, Victims victims);
+  int parked_supply(int wanted, bool kept);
   bool find_cuts(const Sequence& row, const Prefix& prefix, int target, Victims victims);
   void cut_parked(bool kept);
   void cut_newer_than(SeqId id);
   void carry_out_cuts();
   bool keeps(const Sequence& parked) const;
+  void file_parked(Sequence& row);
+  void remove_parked(Sequence& row);
   const std::vector<Group*>& victim_groups();
 
   void begin_step();
@@ -179,7 +182,8 @@ class Scheduler {
   Queue injected_;                           // without a slot, injected
   Queue ready_;                              // without a slot, preempted or freshly forked
   Queue waiting_;                            // leaders of groups that have not begun
-  std::set<Sequence*, LongestWait> parked_;  // those that have blocks
+  // Parked rows that have blocks: of their own, and only such as others own too.
+  std::set<Sequence*, LongestWait> parked_, parked_sharing_;
   std::vector<Group*> groups_;               // begun and unfinished, in the order of beginning
   int num_parked_ = 0;
   int unfinished_ = 0;  // rows, the members of groups that have not begun included
@@ -190,6 +194,11 @@ class Scheduler {
   bool pending_ = false;  // planned, not committed
   int budget_ = 0;
   GrowthCurve growth_;                   // of the batch
+  struct {
+    bool kept = false;                   // whether parked rows that should keep their KV count
+    int blocks = 0;
+    Sequence* last = nullptr;            // counted
+  } supply_;                             // of parked rows, in this plan
   bool parked_exhausted_ = false;        // parked rows have nothing more to give in this plan
   std::vector<Group*> victim_groups_;    // of this plan, once somebody asked
   CutPlan cuts_;

@@ -72,13 +72,14 @@ void Scheduler::check_places() const {
     ++counts[row->place];
     const bool holds = row->place == Place::kParked && !row->blocks.empty();
     parked_with_blocks += holds;
-    ensure(!holds || parked_.contains(row.get()), "parked sequence ", id, " cannot give blocks");
+    ensure(!holds || parked_.contains(row.get()) != parked_sharing_.contains(row.get()),
+           "parked sequence ", id, " cannot give blocks");
   }
   ensure(counts[Place::kBatch] == batch_.size() && counts[Place::kReady] == ready_.size() &&
              counts[Place::kInjected] == injected_.size() &&
              counts[Place::kWaiting] == waiting_.size() &&
              counts[Place::kParked] == static_cast<std::size_t>(num_parked_) &&
-             parked_with_blocks == parked_.size(),
+             parked_with_blocks == parked_.size() + parked_sharing_.size(),
          "queues hold other rows than those that say so");
   ensure(static_cast<int>(batch_.size()) <= max_batch_, batch_.size(), " rows in a batch of ",
          max_batch_);

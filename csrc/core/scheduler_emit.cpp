@@ -7,6 +7,7 @@ namespace eapo {
 void Scheduler::begin_step() {
   step_ = StepPlan{};
   budget_ = config_.max_step_tokens;
+  supply_ = {};
   parked_exhausted_ = false;
   victim_groups_.clear();
   ++plans_;

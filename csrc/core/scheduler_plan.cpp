@@ -68,7 +68,7 @@ void Scheduler::plan_batch_prefill(bool prompts) {
 // block, and then the prefix is not taken either.
 void Scheduler::schedule(Sequence& row, const Prefix& prefix, int tokens, Victims victims) {
   int end = std::min(prefix.tokens + tokens, kv_.stop(row, prefix));
-  if (!reclaim(row, prefix, end, 0, victims)) end = std::min(end, kv_.reachable(row, prefix));
+  if (!reclaim(row, prefix, end, victims)) end = std::min(end, kv_.reachable(row, prefix));
   if (end <= prefix.tokens) return;
   kv_.extend(row, prefix, end);
   row.planned = end - row.computed;
@@ -92,15 +92,18 @@ bool Scheduler::admit_from(Queue& queue) {
 }
 
 // Makes a row outside the batch fit as a whole, if it can. An injected row may displace parked KV;
-// others may displace what should be kept only while the batch is less than half full (idle compute
-// costs more than lost KV), and need room for what they and the batch are expected to grow by, lest
+// others may displace what should be kept only while the batch is less than a quarter full (idle
+// compute costs more than lost KV), and need room for what they and the batch are expected to grow by, lest
 // admission cause preemption.
 bool Scheduler::make_room(const Sequence& row, const Prefix& prefix) {
   const bool injected = row.place == Place::kInjected;
-  const bool kept = injected || 2 * static_cast<int>(batch_.size()) < max_batch_;
+  const bool kept = injected || 4 * static_cast<int>(batch_.size()) < max_batch_;
   add_growth(row);
-  const int margin = injected ? 0 : growth_.peak();
-  return reclaim(row, prefix, row.length(), margin, {kParkedOnly, kept});
+  if (!injected) {
+    const int wanted = kv_.shortfall(row, prefix, row.length()) + growth_.peak();
+    if (wanted > 0 && parked_supply(wanted, kept) < wanted) return false;
+  }
+  return reclaim(row, prefix, row.length(), {kParkedOnly, kept});
 }
 
 // What is shared with siblings stays when the row ends.

@@ -5,17 +5,27 @@
 
 namespace eapo {
 
-// Frees blocks until `row` can hold `end` tokens, provided that `margin` blocks more could be
-// freed; returns whether it can. If not, nobody gives up anything.
-bool Scheduler::reclaim(const Sequence& row, const Prefix& prefix, int end, int margin,
-                        Victims victims) {
+// Frees blocks until `row` can hold `end` tokens; returns whether it can. If not, nobody gives up
+// anything.
+bool Scheduler::reclaim(const Sequence& row, const Prefix& prefix, int end, Victims victims) {
   const int missing = kv_.shortfall(row, prefix, end);
-  if (missing + margin <= 0) return true;
-  if (!find_cuts(row, prefix, missing + margin, victims)) return false;
   if (missing <= 0) return true;
-  if (margin > 0) find_cuts(row, prefix, missing, victims);
+  if (!find_cuts(row, prefix, missing, victims)) return false;
   carry_out_cuts();
   return true;
+}
+
+// Blocks of parked rows that nobody else owns, counted up to `wanted`. The count goes on from one
+// call to the next of a plan: cuts come from its beginning.
+int Scheduler::parked_supply(int wanted, bool kept) {
+  if (supply_.kept != kept) supply_ = {.kept = kept};
+  auto next = supply_.last == nullptr ? parked_.begin() : parked_.upper_bound(supply_.last);
+  for (; next != parked_.end() && supply_.blocks < wanted; ++next) {
+    if (!kept && keeps(**next)) break;
+    supply_.last = *next;
+    supply_.blocks += kv_.blocks_alone(**next);
+  }
+  return supply_.blocks;
 }
 
 // A row that would have to copy a block is served as well if the other owners let go of it.
@@ -34,11 +44,14 @@ bool Scheduler::find_cuts(const Sequence& row, const Prefix& prefix, int target,
 
 void Scheduler::cut_parked(bool kept) {
   for (Sequence* const row : parked_) {
-    if (cuts_.enough()) return;
-    if (!kept && keeps(*row)) break;
+    if (cuts_.enough() || (!kept && keeps(*row))) break;
     cuts_.add(*row);
   }
   cuts_.deepen();
+  for (Sequence* const row : parked_sharing_) {
+    if (cuts_.enough() || (!kept && keeps(*row))) break;
+    cuts_.add_all(*row);
+  }
 }
 
 // Holding m of K blocks for a wait costs m / K of the machine during it, computing them again takes
@@ -78,10 +91,28 @@ const std::vector<Group*>& Scheduler::victim_groups() {
 void Scheduler::carry_out_cuts() {
   for (const CutPlan::Cut& cut : cuts_.cuts()) {
     Sequence& row = *cut.row;
+    if (row.place == Place::kParked) {
+      const int given = static_cast<int>(row.blocks.size()) - cut.keep;
+      supply_.blocks = std::max(0, supply_.blocks - given);
+    }
     kv_.cut(row, cut.keep, row.state == State::kParked || row.state == State::kInjected);
     if (row.in_batch()) preempt(row);
-    if (row.place == Place::kParked && row.blocks.empty()) parked_.erase(&row);
+    if (row.place == Place::kParked) {
+      remove_parked(row);
+      file_parked(row);
+    }
   }
+}
+
+// Rows that own no block alone stand aside, lest every search begin with thousands of them. Some
+// may come to own one while they do; they still give before any running row does.
+void Scheduler::file_parked(Sequence& row) {
+  if (row.blocks.empty()) return;
+  (kv_.blocks_alone(row) > 0 ? parked_ : parked_sharing_).insert(&row);
+}
+
+void Scheduler::remove_parked(Sequence& row) {
+  if (parked_.erase(&row) == 0) parked_sharing_.erase(&row);
 }
 
 }  // namespace eapo

@@ -49,8 +49,6 @@ float* workspace(int64_t floats) {
 namespace scalar {
 #define EAPO_LANES 4
 #include "cpu/vec-inl.h"
-#include "cpu/logits-inl.h"
-#include "cpu/truncate-inl.h"
 #include "cpu/sample-inl.h"
 #include "cpu/attention-inl.h"
 #include "cpu/layers-inl.h"
@@ -62,8 +60,6 @@ EAPO_BEGIN_AVX2
 namespace avx2 {
 #define EAPO_LANES 8
 #include "cpu/vec-inl.h"
-#include "cpu/logits-inl.h"
-#include "cpu/truncate-inl.h"
 #include "cpu/sample-inl.h"
 #include "cpu/attention-inl.h"
 #include "cpu/layers-inl.h"
@@ -75,8 +71,6 @@ EAPO_BEGIN_AVX512
 namespace avx512 {
 #define EAPO_LANES 16
 #include "cpu/vec-inl.h"
-#include "cpu/logits-inl.h"
-#include "cpu/truncate-inl.h"
 #include "cpu/sample-inl.h"
 #include "cpu/attention-inl.h"
 #include "cpu/layers-inl.h"
@@ -89,13 +83,13 @@ EAPO_END_TARGET
 
 const std::vector<KernelTable>& compiled_tables() {
   static const std::vector<KernelTable> tables = {
-      {"scalar", scalar::sample, scalar::paged_attention, scalar::rms_norm, scalar::gated_activation,
-       scalar::rotary},
+      {"scalar", scalar::sample, scalar::paged_attention, scalar::rms_norm,
+       scalar::gated_activation, scalar::rotary},
 #if EAPO_X86
       {"avx2", avx2::sample, avx2::paged_attention, avx2::rms_norm, avx2::gated_activation,
        avx2::rotary},
-      {"avx512", avx512::sample, avx512::paged_attention, avx512::rms_norm, avx512::gated_activation,
-       avx512::rotary},
+      {"avx512", avx512::sample, avx512::paged_attention, avx512::rms_norm,
+       avx512::gated_activation, avx512::rotary},
 #endif
   };
   return tables;

@@ -52,11 +52,11 @@ struct AttentionArgs {
 // out = x / sqrt(mean(x^2) + eps) * weight over the last dimension; kernels/rms_norm gives the
 // rounding points.
 struct RmsNormArgs {
-  Storage storage;          // of x, weight and out
+  Storage storage;  // of x, weight and out
   int64_t rows, size;
-  const void* x;            // [rows, size], x_stride apart
+  const void* x;  // [rows, size], x_stride apart
   int64_t x_stride;
-  const void* weight;       // [size]
+  const void* weight;  // [size]
   float eps;
   bool unit_offset;         // the factor is 1 + weight
   bool cast_before_weight;  // round to the storage type before the factor

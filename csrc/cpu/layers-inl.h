@@ -114,16 +114,16 @@ inline void gated_activation(const GatedActivationArgs& args) {
 // One head: the first `rotated` entries turn in pairs (i, i + rotated / 2), the others are copied.
 // `R` is the type that the two products are rounded to.
 template <typename R, typename T, typename Angle>
-EAPO_INLINE void rotate_head(const RotaryArgs& args, const T* x, const Angle* cos,
-                             const Angle* sin, T* out) {
+EAPO_INLINE void rotate_head(const RotaryArgs& args, const T* x, const Angle* cos, const Angle* sin,
+                             T* out) {
   const int64_t half = args.rotated / 2;
   for_vectors(half, [&](int64_t i, auto lanes) {
     const int64_t j = i + half;
     const F a = load_part(x + i, lanes), b = load_part(x + j, lanes);
-    const F turned_a = rounded<R>(a * load_part(cos + i, lanes)) -
-                       rounded<R>(b * load_part(sin + i, lanes));
-    const F turned_b = rounded<R>(b * load_part(cos + j, lanes)) +
-                       rounded<R>(a * load_part(sin + j, lanes));
+    const F turned_a =
+        rounded<R>(a * load_part(cos + i, lanes)) - rounded<R>(b * load_part(sin + i, lanes));
+    const F turned_b =
+        rounded<R>(b * load_part(cos + j, lanes)) + rounded<R>(a * load_part(sin + j, lanes));
     store_part(out + i, lanes, turned_a);
     store_part(out + j, lanes, turned_b);
   });
@@ -135,8 +135,8 @@ void rotary_tokens(const RotaryArgs& args, int64_t begin, int64_t end) {
   using Rounding = std::conditional_t<std::is_same_v<Angle, float>, float, T>;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t batch = token / args.tokens, position = token % args.tokens;
-    const T* x = static_cast<const T*>(args.x) + batch * args.batch_stride +
-                 position * args.token_stride;
+    const T* x =
+        static_cast<const T*>(args.x) + batch * args.batch_stride + position * args.token_stride;
     const int64_t angle_row = args.angle_batches == 1 ? position : token;
     const int64_t angle = angle_row * args.rotated;
     for (int64_t head = 0; head < args.heads; ++head)
@@ -150,11 +150,11 @@ void rotary_tokens(const RotaryArgs& args, int64_t begin, int64_t end) {
 inline void rotary(const RotaryArgs& args) {
   for_row_ranges(args.batches * args.tokens, args.heads * args.dim,
                  [&](int64_t begin, int64_t end) {
-    if (args.storage == Storage::kFloat32)
-      rotary_tokens<float, float>(args, begin, end);
-    else if (args.angle_storage == Storage::kFloat32)
-      rotary_tokens<BFloat16, float>(args, begin, end);
-    else
-      rotary_tokens<BFloat16, BFloat16>(args, begin, end);
-  });
+                   if (args.storage == Storage::kFloat32)
+                     rotary_tokens<float, float>(args, begin, end);
+                   else if (args.angle_storage == Storage::kFloat32)
+                     rotary_tokens<BFloat16, float>(args, begin, end);
+                   else
+                     rotary_tokens<BFloat16, BFloat16>(args, begin, end);
+                 });
 }

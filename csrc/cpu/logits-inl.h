@@ -48,7 +48,7 @@ class BlockReader {
   alignas(64) float copy_[kBlock];
 };
 
-// What is known of a row; entries below `threshold` have weight 0.
+// What is known of a row; truncation keeps the entries that are not below `threshold`.
 struct Row {
   double* masses = nullptr;  // [blocks] sums of weights
   float* maxima = nullptr;   // [blocks] largest logits
@@ -61,9 +61,10 @@ struct Row {
   // `max` is -inf and stands for 0.
   EAPO_INLINE F weight(F x) const {
     const float shift = max == -kInf ? 0.0f : max;
-    const F w = exp_nonpositive((x - shift) * inverse_temperature);
-    return x < threshold ? F{} : w;
+    return exp_nonpositive((x - shift) * inverse_temperature);
   }
+
+  EAPO_INLINE F kept_weight(F x) const { return x < threshold ? F{} : weight(x); }
 };
 
 EAPO_INLINE float block_max(const float* block) {
@@ -73,8 +74,10 @@ EAPO_INLINE float block_max(const float* block) {
   return reduce_max(max(best[0], best[1]));
 }
 
-EAPO_INLINE double block_mass(const Row& row, const float* block) {
+// The sum of weight(x) over a block.
+template <typename Weight>
+EAPO_INLINE double block_mass(const float* block, const Weight& weight) {
   F sum = {};
-  for (int64_t i = 0; i < kBlock; i += kLanes) sum += row.weight(load(block + i));
+  for (int64_t i = 0; i < kBlock; i += kLanes) sum += weight(load(block + i));
   return reduce_sum(sum);
 }

@@ -1,6 +1,9 @@
 // Sampling of one target. A row is read once for its maximum and its normaliser together; the block
 // that the draw falls into is then read again. Truncation turns into one threshold on the logits.
 
+#include "cpu/logits-inl.h"
+#include "cpu/truncate-inl.h"
+
 struct Draw {
   int64_t token;
   float logprob, kept;
@@ -10,7 +13,8 @@ constexpr Draw kBadDraw = {-1, std::numeric_limits<float>::quiet_NaN(),
                            std::numeric_limits<float>::quiet_NaN()};
 
 // Maximum and masses of the row in one pass: what was summed under a smaller maximum is scaled down
-// when a larger one turns up. Returns the total, which is not finite for a row without distribution.
+// when a larger one turns up. Returns the total, which is not finite for a row without
+// distribution.
 template <typename T>
 EAPO_INLINE double first_pass(const Source<T>& source, Row& row) {
   BlockReader<T> blocks(source);
@@ -27,7 +31,7 @@ EAPO_INLINE double first_pass(const Source<T>& source, Row& row) {
       for (int64_t i = 0; i < b; ++i) row.masses[i] *= fall;
       total *= fall;
     }
-    total += row.masses[b] = block_mass(row, block);
+    total += row.masses[b] = block_mass(block, [&](F x) { return row.weight(x); });
   }
   return row.max == -kInf ? kInf : total;
 }
@@ -35,10 +39,11 @@ EAPO_INLINE double first_pass(const Source<T>& source, Row& row) {
 // Masses under row.threshold; returns their total.
 template <typename T>
 EAPO_INLINE double truncated_masses(const Source<T>& source, const Row& row) {
+  const auto weight = [&](F x) { return row.kept_weight(x); };
   BlockReader<T> blocks(source);
   double total = 0;
   for (int64_t b = 0; b < block_count(source.size); ++b) {
-    row.masses[b] = row.maxima[b] < row.threshold ? 0 : block_mass(row, blocks.at(b));
+    row.masses[b] = row.maxima[b] < row.threshold ? 0 : block_mass(blocks.at(b), weight);
     total += row.masses[b];
   }
   return total;
@@ -64,8 +69,8 @@ inline double truncate(const Source<T>& source, Row& row, const SampleArgs& args
   return row.threshold > -kInf ? truncated_masses(source, row) : total;
 }
 
-// The first entry whose cumulative mass exceeds u * total, and its logit. Where rounding leaves none
-// the last entry with a mass.
+// The first entry whose cumulative mass exceeds u * total, and its logit. Where rounding leaves
+// none the last entry with a mass.
 template <typename T>
 EAPO_INLINE std::pair<int64_t, float> invert_cdf(const Source<T>& source, const Row& row,
                                                  double total, double u) {
@@ -85,7 +90,7 @@ EAPO_INLINE std::pair<int64_t, float> invert_cdf(const Source<T>& source, const 
   int64_t first = 0;
   reached = below;
   for (int64_t i = 0; i < kBlock; i += kLanes) {
-    const F candidates = row.weight(load(block + i));
+    const F candidates = row.kept_weight(load(block + i));
     const double mass = reduce_sum(candidates);
     if (mass <= 0) continue;
     first = i;

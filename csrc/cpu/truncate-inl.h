@@ -1,5 +1,6 @@
-// Thresholds of top-k and top-p for one target. A row is never sorted: a bracket around the threshold
-// is narrowed by measuring what lies above eight pivots at once, until a handful of entries is left.
+// Thresholds of top-k and top-p for one target. A row is never sorted: a bracket around the
+// threshold is narrowed by measuring what lies above eight pivots at once, until a handful of
+// entries is left.
 
 // Looks for the largest t such that the entries >= t have a measure (their number or their mass) of
 // at least `wanted`. The entries >= low reach it, those >= high do not.
@@ -42,8 +43,8 @@ EAPO_INLINE void collect(const Source<T>& source, Search& search) {
 EAPO_INLINE void place_pivots(const Search& search, float* pivots) {
   for (int p = 0; p < kPivots; ++p) {
     const float share = (p + 1.0f) / (kPivots + 1);
-    if (search.low > -kInf)
-      pivots[p] = search.low * (1 - share) + search.high * share;
+    if (search.low > -kInf)  // halves, for the distance may be beyond the largest float
+      pivots[p] = search.low + (0.5f * search.high - 0.5f * search.low) * (2 * share);
     else
       pivots[p] = p == 0 ? kLowest : search.row.max - std::ldexp(0.25f, 2 * (kPivots - 1 - p));
   }
@@ -84,7 +85,8 @@ EAPO_INLINE bool narrow(Search& search, const Measure& measure) {
     }
   }
   if (search.low == low && search.high == high) return false;
-  const int64_t count = std::exchange(search.count, 0);
+  const int64_t count = search.count;
+  search.count = 0;
   append(search, search.list, count, search.low, search.high);
   pad(search);
   return true;
@@ -118,8 +120,8 @@ inline float top_k_threshold(const Source<T>& source, const Row& row, int64_t k,
   return find_threshold(search, [](F) { return broadcast(1.0f); });
 }
 
-// The largest logit t such that the entries >= t hold the share p of `total`, the mass of those that
-// are not below row.threshold.
+// The largest logit t such that the entries >= t hold the share p of `total`, the mass of those
+// that are not below row.threshold.
 template <typename T>
 inline float top_p_threshold(const Source<T>& source, const Row& row, float p, double total,
                              float* list) {
@@ -132,5 +134,5 @@ inline float top_p_threshold(const Source<T>& source, const Row& row, float p, d
                 .low = std::max(static_cast<float>(low), row.threshold),
                 .high = past(row.max)};
   collect(source, search);
-  return find_threshold(search, [&](F x) { return row.weight(x); });
+  return find_threshold(search, [&](F x) { return row.kept_weight(x); });
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -21,6 +22,16 @@ from eapo_fast.engine.session import Rules, Session
 from eapo_fast.engine.support import PagedModel, paged_model
 from eapo_fast.engine.vocabulary import Vocabulary
 from eapo_fast.errors import ConfigError
+
+COUNTERS = (
+    "preemptions",
+    "prefill_tokens",
+    "decode_tokens",
+    "prefix_hit_tokens",
+    "swapped_out_blocks",
+)
+"""What a sampler counts: rows that lost their slot or KV, tokens computed as prefill (prompts,
+replies, what was dropped) and as decode, tokens found in the prefix cache, blocks moved out."""
 
 
 class Sampler:
@@ -54,6 +65,7 @@ class Sampler:
         self._pool: Pool | None = None
         self._graphs: tuple[Pool, DecodeGraphs] | None = None
         self._weights = WeightsVersion(model)
+        self._counts: Counter[str] = Counter()
         _core.set_num_threads(torch.get_num_threads())
 
     def generate(
@@ -118,6 +130,11 @@ class Sampler:
         if self._pool is not None:
             self._pool.blocks.advance_epoch()
 
+    def drain_counters(self) -> dict[str, int]:
+        """Return `COUNTERS` of the sessions that ended since the last call."""
+        counts, self._counts = self._counts, Counter()
+        return {name: counts[name] for name in COUNTERS}
+
     @contextmanager
     def session(
         self,
@@ -141,15 +158,21 @@ class Sampler:
             pool.blocks.advance_epoch()
         forward = PagedForward(self.model, pool.cache, paged.windows, self._graphs_of(pool, paged))
         fused = fused_modules(self.model) if self.config.fused_modules else nullcontext()
-        with sampling_mode(self.model), fused:
-            yield Session(
-                self.model.device,
-                pool,
-                self._token_bytes,
-                config=self.config,
-                max_context=self.max_context,
-                forward=forward,
-            )
+        session = Session(
+            self.model.device,
+            pool,
+            self._token_bytes,
+            config=self.config,
+            max_context=self.max_context,
+            forward=forward,
+        )
+        try:
+            with sampling_mode(self.model), fused:
+                yield session
+            stats = session.scheduler.stats()
+            self._counts.update({name: stats[name] for name in COUNTERS})
+        finally:
+            session.scheduler.clear()  # a traceback may keep the session, not its blocks
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         for index, prompt in enumerate(prompts):

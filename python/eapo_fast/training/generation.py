@@ -35,6 +35,8 @@ class Generation:
     """Whether a rollout goes into the update."""
     rows: list[int]
     """Data set row of each prompt group."""
+    counters: dict[str, int]
+    """What the sampler counted (`Sampler.drain_counters`)."""
 
     def kept(self) -> list[int]:
         """Return the indices of the rollouts that go into the update."""
@@ -71,6 +73,7 @@ def generate(
         index = group[0].group_id
         futures[index] = scorer.submit(group, dataset[rows[index]])
 
+    sampler.drain_counters()
     sampler.forget_prefixes()  # a resumed run has none either, and must give the same bits
     with phases.measure("rollout"), autocast(args, sampler.model.device):
         rollouts = collect_rollouts(
@@ -89,7 +92,12 @@ def generate(
     valid = [_valid(r, s, args) for r, s in zip(rollouts, scores, strict=True)]
     trained = _filtered(scores, valid, args.num_generations, recipe)
     return Generation(
-        rollouts, scores, _advantages(rollouts, scores, valid, recipe), trained, list(rows)
+        rollouts,
+        scores,
+        _advantages(rollouts, scores, valid, recipe),
+        trained,
+        list(rows),
+        sampler.drain_counters(),
     )
 
 

@@ -73,11 +73,16 @@ class RunRecord:
             self._scheduler_scope.__exit__(kind, error, trace)
 
     def pace(self, generation: Generation) -> dict[str, float]:
-        """Return the clock of the generation phase."""
+        """Return the clock of the generation phase, and what the sampler counted in it."""
         tokens = sum(r.num_policy_tokens for r in generation.rollouts)
         spent = self._trainer.phases.drain_step()
         rate = tokens / max(spent.get("perf/rollout_s", 0.0), 1e-9)
-        return spent | {"perf/sampled_tokens_per_s": rate, "perf/policy_tokens": float(tokens)}
+        counters = {f"sampling/{k}": float(v) for k, v in generation.counters.items()}
+        return (
+            spent
+            | {"perf/sampled_tokens_per_s": rate, "perf/policy_tokens": float(tokens)}
+            | counters
+        )
 
     def step(self, step: int, metrics: Mapping[str, float], generation: Generation | None) -> None:
         """Take in a finished optimizer step."""
