@@ -103,7 +103,7 @@ def _try(model: PreTrainedModel, block_size: int) -> PagedModel:
         )
         raise _refused(model, measured, suspects(model, calls))
     return PagedModel(
-        vocab_size=size,
+        vocab_size=own[0].shape[-1],
         windows=windows,
         kv_elements=sum(2 * call.kv_heads * call.width for call in calls),
         difference=difference,
