@@ -170,16 +170,26 @@ def _read(recipe: Recipe, entropy: Tensor | None, batch: PolicyBatch) -> Tensor 
 def _check_finite(
     found: LossOutput, logprob: Tensor, entropy: Tensor | None, batch: PolicyBatch
 ) -> None:
-    if logprob.device.type != "cpu" or torch.isfinite(found.loss):
+    """Raise `ValueError` with the culprit if loss or gradient is not finite (on a CPU)."""
+    if logprob.device.type != "cpu" or torch.isfinite(found.loss + found.a.sum()):
         return
-    bad = (~torch.isfinite(found.token_loss)).nonzero().squeeze(1)
-    if not len(bad):
-        raise ValueError(f"the loss is {found.loss.item()}, though that of every token is finite")
-    at = int(bad[0])
     inputs = {"logprob": logprob, "old_logprob": batch.old_logprob, "entropy": entropy}
-    inputs |= {"ref_logprob": batch.ref_logprob}
-    held = ", ".join(f"{k} {v[at].item():g}" for k, v in inputs.items() if v is not None)
+    inputs |= {"ref_logprob": batch.ref_logprob, "advantages": batch.advantages}
+    inputs |= {f"stats[{name!r}]": values for name, values in (batch.stats or {}).items()}
+    for name, values in inputs.items():
+        if values is None or not values.is_floating_point():
+            continue
+        bad = ~torch.isfinite(values)
+        if batch.mask is not None and values.shape == batch.mask.shape:
+            bad &= batch.mask != 0
+        if bad.any():
+            at = int(bad.nonzero()[0]) if values.ndim else 0
+            raise ValueError(
+                f"{name}: entry {at} is {values.flatten()[at].item()} ({int(bad.sum())} such "
+                "entries), and so is the loss; mask such tokens out, or find where they come from"
+            )
+    bad = ~torch.isfinite(found.token_loss) | ~torch.isfinite(found.a)
     raise ValueError(
-        f"token {at} has a loss of {found.token_loss[at].item()}; there: {held} ({len(bad)} such "
-        "tokens); mask them out, or find out where they come from"
+        f"the loss overflows, first at token {int(bad.nonzero()[0]) if bad.any() else 0}: its "
+        "inputs are finite, but too large for the recipe"
     )

@@ -47,7 +47,8 @@ def resolve(
         missing = (*missing, "entropy_mean")
     if missing:
         _check_whole(rows, recipe, missing)
-    stats, shared, details = dict(rows.stats), dict(rows.shared), {}
+    stats, shared = dict(rows.stats), dict(rows.shared)
+    details: dict[str, Tensor] = {}
     if "selected" in missing and recipe.selection:
         details |= select(rows, recipe.selection, logprob, surrogate(rows, recipe, logprob))
         stats["selected"] = details["selected"]

@@ -60,6 +60,14 @@ def test_every_base_case_has_an_adapter() -> None:
     assert known <= set(adapters.methods())
 
 
+@pytest.mark.skipif(not _SHARED.is_dir(), reason=f"no published values at {_SHARED}")
+def test_base_cases_are_the_published_ones() -> None:
+    published = json.loads((_SHARED / _FILES[0]).read_text())
+    known = set(adapters.methods())
+    here = json.loads(_HERE.read_text())
+    assert here == [case for case in published if case["method"] in known]
+
+
 def test_a_method_without_adapter_is_named() -> None:
     with pytest.raises(KeyError, match="no_such_method"):
         adapters.evaluate("no_such_method", None, {})
