@@ -8,18 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eapo_fast.kernels.backend import Refusal, choose_backend
+from eapo_fast.kernels.backend import choose_backend
 from eapo_fast.kernels.checks import FLOATS, check_tensor, compute_dtype
 from eapo_fast.kernels.gradient import attach_gradient
-from eapo_fast.kernels.policy_loss import reference
+from eapo_fast.kernels.policy_loss import compiled, reference
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch, check_batch
 from eapo_fast.kernels.policy_loss.rows import trained_rows
 from eapo_fast.kernels.policy_loss.statistics import resolve
 from eapo_fast.recipes import Recipe
 
-__all__ = ["LossOutput", "PolicyBatch", "batch_loss", "policy_loss", "policy_statistics"]
-
-_REFUSALS: dict[str, Refusal] = {}
+__all__ = ["LossOutput", "PolicyBatch", "policy_loss", "policy_statistics"]
 
 
 def policy_loss(
@@ -63,7 +61,8 @@ def policy_loss(
         num_sequences: sequences with such a token in the whole batch; None: in this part.
         details: whether to fill `LossOutput.details`: "ratio", "clipped_low", "clipped_high",
             "score", "eligible", "selected", ... as far as the recipe has them.
-        backend: "auto" or "reference".
+        backend: "auto" (cpu for token-local recipes on the CPU, float64 aside, else reference),
+            "reference" or "cpu".
 
     With the counts given, losses, gradients and metrics of the parts of a batch (cut between
     sequences) add up to those of the whole; metrics that end in `_max` are maxima instead. A batch
@@ -85,29 +84,12 @@ def policy_loss(
         num_sequences=num_sequences,
     )
     check_batch(batch, recipe, len(logprob), logprob.device)
-    choose_backend("policy_loss", backend, _REFUSALS, logprob)
-    return batch_loss(logprob, entropy, batch, recipe, details=details)
-
-
-def batch_loss(
-    logprob: Tensor,
-    entropy: Tensor | None,
-    batch: PolicyBatch,
-    recipe: Recipe,
-    *,
-    details: bool = False,
-) -> LossOutput:
-    """`policy_loss` of a checked batch."""
     truncated = _read(recipe, entropy, batch)
-    dtype = compute_dtype(logprob.dtype)
-    rows = trained_rows(batch, recipe, dtype)
-
-    def own(values: Tensor | None) -> Tensor | None:
-        return None if values is None else rows.gather(values).to(dtype)
-
-    found = reference.policy_loss(
-        rows, recipe, rows.gather(logprob).to(dtype), own(entropy), own(truncated), details=details
-    )
+    refusals = {"cpu": compiled.refusal}
+    if choose_backend("policy_loss", backend, refusals, logprob, recipe, details) == "cpu":
+        found = compiled.policy_loss(logprob, entropy, batch, recipe)
+    else:
+        found = _reference(logprob, entropy, truncated, batch, recipe, details)
     _check_finite(found, logprob, entropy, batch)
     pairs = [(logprob, found.a)]
     if entropy is not None:
@@ -115,6 +97,21 @@ def batch_loss(
     if truncated is not None and found.c is not None:
         pairs.append((truncated, found.c))
     return replace(found, loss=attach_gradient(found.loss, pairs))
+
+
+def _reference(
+    logprob: Tensor,
+    entropy: Tensor | None,
+    truncated: Tensor | None,
+    batch: PolicyBatch,
+    recipe: Recipe,
+    details: bool,
+) -> LossOutput:
+    dtype = compute_dtype(logprob.dtype)
+    rows = trained_rows(batch, recipe, dtype)
+    own = [None if x is None else rows.gather(x).to(dtype) for x in (logprob, entropy, truncated)]
+    assert own[0] is not None
+    return reference.policy_loss(rows, recipe, own[0], own[1], own[2], details=details)
 
 
 @torch.no_grad()
@@ -170,8 +167,8 @@ def _read(recipe: Recipe, entropy: Tensor | None, batch: PolicyBatch) -> Tensor 
 def _check_finite(
     found: LossOutput, logprob: Tensor, entropy: Tensor | None, batch: PolicyBatch
 ) -> None:
-    """Raise `ValueError` with the culprit if loss or gradient is not finite (on a CPU)."""
-    if logprob.device.type != "cpu" or torch.isfinite(found.loss + found.a.sum()):
+    """Raise `ValueError` with the culprit if the loss is not finite (on a CPU)."""
+    if logprob.device.type != "cpu" or torch.isfinite(found.loss):
         return
     inputs = {"logprob": logprob, "old_logprob": batch.old_logprob, "entropy": entropy}
     inputs |= {"ref_logprob": batch.ref_logprob, "advantages": batch.advantages}
@@ -188,7 +185,7 @@ def _check_finite(
                 f"{name}: entry {at} is {values.flatten()[at].item()} ({int(bad.sum())} such "
                 "entries), and so is the loss; mask such tokens out, or find where they come from"
             )
-    bad = ~torch.isfinite(found.token_loss) | ~torch.isfinite(found.a)
+    bad = ~torch.isfinite(found.token_loss)
     raise ValueError(
         f"the loss overflows, first at token {int(bad.nonzero()[0]) if bad.any() else 0}: its "
         "inputs are finite, but too large for the recipe"

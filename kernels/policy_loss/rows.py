@@ -11,7 +11,7 @@ from torch import Tensor
 from eapo_fast.kernels.policy_loss.batch import PER_TOKEN, LossOutput, PolicyBatch, check_batch
 from eapo_fast.recipes import Recipe
 
-__all__ = ["LossOutput", "PolicyBatch", "Rows", "check_batch", "trained_rows"]
+__all__ = ["LossOutput", "PolicyBatch", "Rows", "check_batch", "norm_length", "trained_rows"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -156,16 +156,17 @@ def _shares(recipe: Recipe, lengths: Tensor, num_tokens: Tensor, num_sequences: 
     if recipe.aggregation == "token-mean":
         return ones / num_tokens
     if recipe.aggregation == "token-sum-norm":
-        return ones / _max_length(recipe)
+        return ones / norm_length(recipe)
     shares = ones / num_sequences
     if recipe.aggregation == "seq-mean-token-sum":
         return shares
     if recipe.aggregation == "seq-mean-token-mean":
         return shares / lengths.clamp(min=1)
-    return shares / _max_length(recipe)
+    return shares / norm_length(recipe)
 
 
-def _max_length(recipe: Recipe) -> float:
+def norm_length(recipe: Recipe) -> float:
+    """Return the constant of a -norm aggregation. Raises `ValueError` where it is open."""
     if recipe.max_length is None:
         raise ValueError(
             f"recipe {recipe.name!r}: aggregation {recipe.aggregation!r} divides by max_length, "
