@@ -12,5 +12,7 @@ void bind_cpu(pybind11::module_& m);
 
 // Pieces of a transformer layer on the CPU.
 void bind_layers(pybind11::module_& m);
+// The CPU kernel of the policy losses.
+void bind_policy(pybind11::module_& m);
 
 }  // namespace eapo

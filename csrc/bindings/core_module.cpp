@@ -6,4 +6,5 @@ PYBIND11_MODULE(_core, m) {
   eapo::bind_core(m);
   eapo::bind_cpu(m);
   eapo::bind_layers(m);
+  eapo::bind_policy(m);
 }

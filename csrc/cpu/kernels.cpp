@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/bfloat16.h"
 #include "cpu/parallel.h"
 #include "cpu/tables.h"
 #include "cpu/targets.h"
@@ -18,11 +19,6 @@
 #endif
 
 namespace eapo::cpu {
-
-// Bit pattern of a bfloat16; converted by the vector loads and stores only.
-struct BFloat16 {
-  uint16_t bits;
-};
 
 namespace {
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,7 +17,17 @@ from eapo_fast.kernels.group_advantages import reference
 from eapo_fast.kernels.native import cpu_refusal, cuda_refusal, triton_refusal
 from eapo_fast.recipes.recipe import CENTERS, SCALES
 
-__all__ = ["group_advantages"]
+__all__ = ["GroupStatistics", "group_advantages", "group_statistics"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GroupStatistics:
+    """What a rollout is compared with."""
+
+    center: Tensor
+    """[S] subtracted from its reward; 0 in a group of one."""
+    std: Tensor
+    """[S] standard deviation of its group, without eps; 1 in a group of one."""
 
 
 def group_advantages(
@@ -68,6 +79,26 @@ def group_advantages(
         ddof=ddof,
         valid=None if valid is None else valid != 0,
     )
+
+
+def group_statistics(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    center: str = "mean",
+    lengths: Tensor | None = None,
+    ddof: int = 1,
+) -> GroupStatistics:
+    """Return center and std of each rollout's group; arguments and errors as `group_advantages`."""
+    _check(rewards, group_ids, center, "std", lengths, 0.0, ddof, None)
+    found = reference.group_statistics(
+        rewards.detach().to(compute_dtype(rewards.dtype)),
+        group_ids.long(),
+        center=center,
+        lengths=None if lengths is None else lengths.long(),
+        ddof=ddof,
+    )
+    return GroupStatistics(center=found[0], std=found[1])
 
 
 def _implementation(backend: str) -> Callable[..., Tensor]:

@@ -42,6 +42,23 @@ def group_advantages(
     return torch.zeros_like(rewards).index_copy_(0, rows, kept)
 
 
+def group_statistics(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    center: str,
+    lengths: Tensor | None,
+    ddof: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the center and the std [S] of each rollout's group; arguments are checked before."""
+    if rewards.numel() == 0:
+        return rewards.clone(), rewards.clone()
+    groups = _Groups(group_ids)
+    least = groups.spread(groups.reduce(rewards, "min"))
+    centered = _centered(rewards, rewards - least, groups, center, lengths)
+    return rewards - centered, _std(rewards - least, groups, ddof)
+
+
 def _advantages(
     rewards: Tensor,
     group_ids: Tensor,

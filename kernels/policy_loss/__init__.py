@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from eapo_fast.kernels.backend import Refusal, choose_backend
+from eapo_fast.kernels.backend import choose_backend
 from eapo_fast.kernels.checks import FLOATS, check_tensor, compute_dtype
 from eapo_fast.kernels.gradient import attach_gradient
-from eapo_fast.kernels.policy_loss import reference
-from eapo_fast.kernels.policy_loss.rows import LossOutput, PolicyBatch, check_batch, trained_rows
+from eapo_fast.kernels.policy_loss import compiled, reference
+from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch, check_batch
+from eapo_fast.kernels.policy_loss.rows import trained_rows
+from eapo_fast.kernels.policy_loss.statistics import resolve
 from eapo_fast.recipes import Recipe
 
-__all__ = ["LossOutput", "PolicyBatch", "batch_loss", "policy_loss"]
-
-_REFUSALS: dict[str, Refusal] = {}
+__all__ = ["LossOutput", "PolicyBatch", "policy_loss", "policy_statistics"]
 
 
 def policy_loss(
@@ -32,6 +33,7 @@ def policy_loss(
     stats: Mapping[str, Tensor] | None = None,
     num_tokens: int | Tensor | None = None,
     num_sequences: int | Tensor | None = None,
+    details: bool = False,
     backend: str = "auto",
 ) -> LossOutput:
     """Return the loss of `recipe` on N packed tokens, differentiable in `logprob` and `entropy`.
@@ -46,14 +48,27 @@ def policy_loss(
         mask: [N] flags; 0 takes a token out of everything, whatever it holds.
         entropy: [N] in nats; needed if the recipe has an entropy bonus.
         ref_logprob: [N] under the reference; needed if the recipe's beta is above 0.
-        stats: [N] each; "weight" is a detached factor on the surrogate of each token.
+        stats: further tensors by name, [N] each if nothing else is said. What `recipe.stats` lists
+            is needed: "old_entropy", "max_logprob" (ln of the largest p) and "kept_mass" (of the
+            tokens with p at least selection.min_p times that) under the sampling policy,
+            "truncated_entropy" (differentiable) under the current one. Optional: "weight", a
+            detached factor on the surrogate; "step", one integer that keys random selections;
+            "anchor", one level for the entropy target (without it: the batch's own);
+            "entropy_history" [K], mean entropies of the iterations up to this one, or
+            "entropy_mean" (one or [N]), and "smoothing" (one), for the entropy band; what
+            `policy_statistics` returns; "selected" flags of the caller's choice.
         num_tokens: masked-in tokens of the whole batch that this is a part of; None: of this part.
         num_sequences: sequences with such a token in the whole batch; None: in this part.
-        backend: "auto" or "reference".
+        details: whether to fill `LossOutput.details`: "ratio", "clipped_low", "clipped_high",
+            "score", "eligible", "selected", ... as far as the recipe has them.
+        backend: "auto" (cpu for token-local recipes on the CPU, float64 aside, else reference),
+            "reference" or "cpu".
 
     With the counts given, losses, gradients and metrics of the parts of a batch (cut between
     sequences) add up to those of the whole; metrics that end in `_max` are maxima instead. A batch
-    without a masked-in token has loss 0. Raises `ValueError` for arguments that do not fit.
+    without a masked-in token has loss 0. Raises `ValueError` for arguments that do not fit, for a
+    part of a batch whose recipe needs `policy_statistics` of the whole, and (on a CPU) for a loss
+    that is not finite, with the index of the token.
     """
     check_tensor("logprob", logprob, ["N"], FLOATS)
     if entropy is not None:
@@ -69,21 +84,109 @@ def policy_loss(
         num_sequences=num_sequences,
     )
     check_batch(batch, recipe, len(logprob), logprob.device)
-    choose_backend("policy_loss", backend, _REFUSALS, logprob)
-    return batch_loss(logprob, entropy, batch, recipe)
+    truncated = _read(recipe, entropy, batch)
+    refusals = {"cpu": compiled.refusal}
+    if choose_backend("policy_loss", backend, refusals, logprob, recipe, details) == "cpu":
+        found = compiled.policy_loss(logprob, entropy, batch, recipe)
+    else:
+        found = _reference(logprob, entropy, truncated, batch, recipe, details)
+    _check_finite(found, logprob, entropy, batch)
+    pairs = [(logprob, found.a)]
+    if entropy is not None:
+        pairs.append((entropy, found.b))
+    if truncated is not None and found.c is not None:
+        pairs.append((truncated, found.c))
+    return replace(found, loss=attach_gradient(found.loss, pairs))
 
 
-def batch_loss(
-    logprob: Tensor, entropy: Tensor | None, batch: PolicyBatch, recipe: Recipe
+def _reference(
+    logprob: Tensor,
+    entropy: Tensor | None,
+    truncated: Tensor | None,
+    batch: PolicyBatch,
+    recipe: Recipe,
+    details: bool,
 ) -> LossOutput:
-    """`policy_loss` of a checked batch."""
+    dtype = compute_dtype(logprob.dtype)
+    rows = trained_rows(batch, recipe, dtype)
+    own = [None if x is None else rows.gather(x).to(dtype) for x in (logprob, entropy, truncated)]
+    assert own[0] is not None
+    return reference.policy_loss(rows, recipe, own[0], own[1], own[2], details=details)
+
+
+@torch.no_grad()
+def policy_statistics(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    recipe: Recipe,
+    mask: Tensor | None = None,
+    entropy: Tensor | None = None,
+    stats: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return what `recipe` needs to know about a whole batch, to evaluate its parts one by one.
+
+    Arguments as in `policy_loss`. The result holds "selected", "reweighting" and "entropy_share"
+    [N] and "entropy_gap" and "entropy_mean" (0-dim), as far as the recipe reads them; it is empty
+    for the others. Its [N] tensors cut like the batch, and joined to `stats` of the parts, are all
+    that makes losses and gradients of the parts add up to those of the batch.
+    """
+    check_tensor("logprob", logprob, ["N"], FLOATS)
+    batch = PolicyBatch(
+        old_logprob=old_logprob,
+        advantages=advantages,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        stats=stats,
+    )
+    check_batch(batch, recipe.replace(beta=0.0), len(logprob), logprob.device)
+    truncated = _read(recipe, entropy, batch)
+    dtype = compute_dtype(logprob.dtype)
+    rows = trained_rows(batch, recipe, dtype)
+    own = [None if x is None else rows.gather(x).to(dtype) for x in (logprob, entropy, truncated)]
+    assert own[0] is not None
+    known, _ = resolve(rows, recipe, own[0], own[1], own[2])
+    found = {name: rows.scatter(known.stats[name]) for name in known.stats.keys() - rows.stats}
+    return found | {name: known.shared[name] for name in known.shared.keys() - rows.shared}
+
+
+def _read(recipe: Recipe, entropy: Tensor | None, batch: PolicyBatch) -> Tensor | None:
+    """Return the truncated entropy, if any. Raises `ValueError` where what is read is missing."""
     if recipe.entropy_coef and entropy is None:
         raise ValueError(
             f"entropy: recipe {recipe.name!r} has entropy_coef {recipe.entropy_coef:g}; pass it"
         )
-    dtype = compute_dtype(logprob.dtype)
-    rows = trained_rows(batch, recipe, dtype)
-    own_entropy = None if entropy is None else rows.gather(entropy).to(dtype)
-    found = reference.policy_loss(rows, recipe, rows.gather(logprob).to(dtype), own_entropy)
-    pairs = [(logprob, found.a), *([] if entropy is None else [(entropy, found.b)])]
-    return replace(found, loss=attach_gradient(found.loss, pairs))
+    truncated = (batch.stats or {}).get("truncated_entropy")
+    if recipe.entropy_target and truncated is None:
+        raise ValueError(f"stats: recipe {recipe.name!r} reads 'truncated_entropy'; pass it")
+    return truncated
+
+
+def _check_finite(
+    found: LossOutput, logprob: Tensor, entropy: Tensor | None, batch: PolicyBatch
+) -> None:
+    """Raise `ValueError` with the culprit if the loss is not finite (on a CPU)."""
+    if logprob.device.type != "cpu" or torch.isfinite(found.loss):
+        return
+    inputs = {"logprob": logprob, "old_logprob": batch.old_logprob, "entropy": entropy}
+    inputs |= {"ref_logprob": batch.ref_logprob, "advantages": batch.advantages}
+    inputs |= {f"stats[{name!r}]": values for name, values in (batch.stats or {}).items()}
+    for name, values in inputs.items():
+        if values is None or not values.is_floating_point():
+            continue
+        bad = ~torch.isfinite(values)
+        if batch.mask is not None and values.shape == batch.mask.shape:
+            bad &= batch.mask != 0
+        if bad.any():
+            at = int(bad.nonzero()[0]) if values.ndim else 0
+            raise ValueError(
+                f"{name}: entry {at} is {values.flatten()[at].item()} ({int(bad.sum())} such "
+                "entries), and so is the loss; mask such tokens out, or find where they come from"
+            )
+    bad = ~torch.isfinite(found.token_loss)
+    raise ValueError(
+        f"the loss overflows, first at token {int(bad.nonzero()[0]) if bad.any() else 0}: its "
+        "inputs are finite, but too large for the recipe"
+    )

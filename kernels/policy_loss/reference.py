@@ -1,7 +1,6 @@
-"""Policy losses in plain torch: from log-probabilities to a loss and the coefficients a and b.
+"""Policy losses in plain torch: from log-probabilities to a loss and the coefficients a, b and c.
 
-`token_terms` states every surrogate together with its derivative; nothing here is differentiated
-by autograd. Notation as in `Recipe`: A, l, o, f, d = l - o, r, D = l - f, H.
+Nothing here is differentiated by autograd. Notation as in `Recipe`: A, l, o, f, d = l - o, H, Ht.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ import torch
 from torch import Tensor
 
 from eapo_fast.kernels.policy_loss.rows import LossOutput, Rows
-from eapo_fast.recipes import Recipe
-
-_LOG_RATIO_LIMIT = 20.0
-"""r = exp(clamp(d, -20, 20)) and so is k3's exponential; beyond it the gradient is 0."""
-_SEQUENCE_LOG_RATIO_MAX = 10.0
-"""s = exp(min(mean d, 10)), GSPO, arXiv 2507.18071."""
+from eapo_fast.kernels.policy_loss.selection import apply_selection, proxy_logprob
+from eapo_fast.kernels.policy_loss.statistics import resolve
+from eapo_fast.kernels.policy_loss.surrogate import Surrogate, kl_estimate, surrogate, to_tokens
+from eapo_fast.recipes import EntropyBand, Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -25,158 +22,129 @@ class Terms:
     """What `token_terms` finds, [n] each."""
 
     loss: Tensor
-    """Loss of a token before aggregation."""
+    """Loss of a token before aggregation, without the entropy target."""
     a: Tensor
     """Derivative of the aggregated loss in l."""
     b: Tensor | None
     """Derivative of the aggregated loss in H; None: the recipe does not read H."""
+    c: Tensor | None
+    """Derivative of the aggregated loss in Ht; None: the recipe does not read Ht."""
     surrogate: Surrogate
-    """The part without KL and entropy."""
+    """The part without KL and entropy, before tokens are selected and weighted."""
     kl: Tensor | None
     """KL estimate; None without a reference."""
+    penalty: Tensor | None
+    """P of the entropy band; None without one."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Surrogate:
-    """Loss L of a token and its slope, [n] each."""
-
-    loss: Tensor
-    """L."""
-    slope: Tensor
-    """dL/dx in x = log-ratio at the recipe's level (l itself for a detached ratio)."""
-    ratio: Tensor
-    """r or s."""
-    low: Tensor
-    """Whether the lower bound is active."""
-    high: Tensor
-    """Whether the upper bound is active."""
-    dual: Tensor
-    """Whether the dual clip is active."""
-
-
-def policy_loss(rows: Rows, recipe: Recipe, logprob: Tensor, entropy: Tensor | None) -> LossOutput:
-    """Return loss, metrics and coefficients for l [n], H [n] of `rows`; the loss is detached."""
+def policy_loss(
+    rows: Rows,
+    recipe: Recipe,
+    logprob: Tensor,
+    entropy: Tensor | None,
+    truncated: Tensor | None = None,
+    *,
+    details: bool = False,
+) -> LossOutput:
+    """Return loss, metrics and coefficients for l, H and Ht [n] of `rows`; the loss is detached."""
     logprob = logprob.detach()
     entropy = None if entropy is None else entropy.detach()
+    truncated = None if truncated is None else truncated.detach()
+    if recipe.entropy_target and truncated is None:
+        raise ValueError(f"recipe {recipe.name!r} reads the truncated entropy, which is not here")
+    rows, seen = resolve(rows, recipe, logprob, entropy, truncated)
     terms = token_terms(rows, recipe, logprob, entropy)
+    loss = (rows.weight * terms.loss).sum() + _target_loss(rows, recipe)
     b = torch.zeros_like(terms.a) if terms.b is None else terms.b
     return LossOutput(
-        loss=(rows.weight * terms.loss).sum(),
-        metrics=_metrics(rows, recipe, terms, logprob, entropy),
+        loss=loss,
+        metrics=_metrics(rows, recipe, terms, logprob, entropy, truncated),
         a=rows.scatter(terms.a),
         b=rows.scatter(b),
+        c=None if terms.c is None else rows.scatter(terms.c),
         token_loss=rows.scatter(terms.loss),
+        details=_details(rows, recipe, terms, entropy, seen) if details else {},
     )
 
 
 def token_terms(rows: Rows, recipe: Recipe, logprob: Tensor, entropy: Tensor | None) -> Terms:
-    """Evaluate `recipe` on l [n] and H [n]. A token-local recipe looks at each row alone."""
-    surrogate = _surrogate(rows, recipe, logprob)
-    loss, slope = surrogate.loss, surrogate.slope
-    if rows.factor is not None:
-        loss, slope = loss * rows.factor, slope * rows.factor
-    a = _to_tokens(rows, recipe, rows.weight * slope, surrogate)
-    kl, kl_slope = _kl(rows, recipe, logprob)
-    if recipe.beta > 0 and kl is not None and kl_slope is not None:
-        loss = loss + recipe.beta * kl
-        a = a + rows.weight * (recipe.beta * kl_slope)
-    b = None
+    """Evaluate `recipe` on l [n] and H [n].
+
+    Rows of a token-local recipe may be any (`Rows.part`), and so may rows that `resolve` has given
+    their batch statistics; a sequence-level recipe needs whole sequences. Without `resolve` the
+    penalty of an entropy band is left out of the loss; a, b and c do not depend on it.
+    """
+    found = surrogate(rows, recipe, logprob)
+    loss, slope, direct = found.loss, found.slope, None
+    if recipe.selection:
+        loss, slope, direct = apply_selection(rows, recipe.selection, logprob, found)
+    for factor in _factors(rows, recipe):
+        loss, slope = loss * factor, slope * factor
+        direct = None if direct is None else direct * factor
+    a = to_tokens(rows, recipe, rows.weight * slope, found)
+    if direct is not None:
+        a = a + rows.weight * direct
+    kl = None
+    if rows.ref_logprob is not None:
+        kl, kl_slope = kl_estimate(recipe.kl, logprob - rows.ref_logprob)
+        if recipe.beta > 0:
+            loss = loss + recipe.beta * kl
+            a = a + rows.weight * (recipe.beta * kl_slope)
+    b, penalty = None, None
     if recipe.entropy_coef and entropy is not None:
-        loss = loss - recipe.entropy_coef * entropy
+        bonus = entropy
+        middle = _entropy_mean(rows)
+        if recipe.entropy_band is not None and middle is not None:
+            penalty = band_penalty(rows, recipe.entropy_band, entropy, middle)
+            bonus = bonus - recipe.entropy_band.coef * rows.shared.get("smoothing", 1.0) * penalty
+        loss = loss - recipe.entropy_coef * bonus
         b = -recipe.entropy_coef * rows.weight
-    return Terms(loss=loss, a=a, b=b, surrogate=surrogate, kl=kl)
+    c = None
+    if recipe.entropy_target:
+        pull = 2 * recipe.entropy_target.coef * rows.shared_statistic("entropy_gap")
+        c = pull * rows.row_statistic("entropy_share")
+    return Terms(loss=loss, a=a, b=b, c=c, surrogate=found, kl=kl, penalty=penalty)
 
 
-def _surrogate(rows: Rows, recipe: Recipe, logprob: Tensor) -> Surrogate:
-    drift = logprob - rows.old_logprob
-    if recipe.surrogate == "geo_mean":
-        return _geo_mean(rows, recipe, drift)
-    ratio, open_ = _ratio(rows, recipe, drift)
-    if recipe.surrogate == "clip":
-        return _clip(rows, recipe, ratio, open_)
-    never = torch.zeros_like(open_)
-    scale = -rows.advantages
-    if recipe.surrogate == "none":
-        loss = scale * ratio
-        slope = loss * open_
-        return Surrogate(loss=loss, slope=slope, ratio=ratio, low=never, high=never, dual=never)
-    low, high = never, never
-    if recipe.surrogate == "detached_clip":
-        least, most = 1 - recipe.epsilon, 1 + recipe.clip_high
-        low, high = ratio < least, ratio > most
-        scale = scale * ratio.clamp(least, most)
-    loss = scale * logprob
-    return Surrogate(loss=loss, slope=scale, ratio=ratio, low=low, high=high, dual=never)
+def band_penalty(rows: Rows, band: EntropyBand, entropy: Tensor, middle: Tensor) -> Tensor:
+    """Return P [n] of EPO (arXiv 2509.22576): 0 strictly inside the band around Hbar `middle`."""
+    level = band_level(rows, band, entropy)
+    inside = (band.low * middle < level) & (level < band.high * middle)
+    return (~inside).to(entropy.dtype) * band.penalty
 
 
-def _ratio(rows: Rows, recipe: Recipe, drift: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ratio at the recipe's level and whether it still moves with the log-ratio."""
-    most = _LOG_RATIO_LIMIT
-    if recipe.ratio != "token":
-        drift, most = rows.sequence_mean(drift), _SEQUENCE_LOG_RATIO_MAX
-    inside = drift.clamp(-_LOG_RATIO_LIMIT, most)
-    return inside.exp(), inside == drift
+def band_level(rows: Rows, band: EntropyBand, entropy: Tensor) -> Tensor:
+    """Return [n] what has to lie in the band: H, or the mean of H over the sequence."""
+    if band.level == "token":
+        return entropy
+    total = rows.sequence_sum(entropy)
+    return total / (rows.lengths[rows.sequence] if band.width is None else band.width)
 
 
-def _clip(rows: Rows, recipe: Recipe, ratio: Tensor, open_: Tensor) -> Surrogate:
-    """PPO, arXiv 1707.06347, eq. 7; dual clip, arXiv 1912.09729, eq. 5."""
-    advantages = rows.advantages
-    least, most = 1 - recipe.epsilon, 1 + recipe.clip_high
-    low = (advantages < 0) & (ratio < least)
-    high = (advantages > 0) & (ratio > most)
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(least, most))
-    dual = torch.zeros_like(low)
-    if recipe.delta is not None:
-        dual = (advantages < 0) & (ratio > recipe.delta)
-        loss = torch.where(dual, -advantages * recipe.delta, loss)
-    moves = open_ & ~(low | high | dual)
-    slope = torch.where(moves, -advantages * ratio, 0.0)
-    return Surrogate(loss=loss, slope=slope, ratio=ratio, low=low, high=high, dual=dual)
+def _entropy_mean(rows: Rows) -> Tensor | None:
+    return rows.stats.get("entropy_mean", rows.shared.get("entropy_mean"))
 
 
-def _geo_mean(rows: Rows, recipe: Recipe, drift: Tensor) -> Surrogate:
-    """GMPO, arXiv 2507.20673: d is bounded on the side that A pushes to, then averaged."""
-    advantages = rows.advantages
-    low = (advantages < 0) & (drift < -recipe.epsilon)
-    high = (advantages > 0) & (drift > recipe.clip_high)
-    bounded = torch.where(low, -recipe.epsilon, torch.where(high, recipe.clip_high, drift))
-    bounded = torch.where(advantages == 0, 0.0, bounded)
-    mean = rows.sequence_mean(bounded)
-    inside = mean.clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
-    ratio = inside.exp()
-    loss = -advantages * ratio
-    slope = loss * (inside == mean)
-    dual = torch.zeros_like(low)
-    return Surrogate(loss=loss, slope=slope, ratio=ratio, low=low, high=high, dual=dual)
+def _factors(rows: Rows, recipe: Recipe) -> list[Tensor]:
+    factors = [] if rows.factor is None else [rows.factor]
+    return factors + ([rows.row_statistic("reweighting")] if recipe.reweighting else [])
 
 
-def _to_tokens(rows: Rows, recipe: Recipe, direct: Tensor, surrogate: Surrogate) -> Tensor:
-    """Pass derivatives in the log-ratio on to l: a mean over the sequence shares them out."""
-    if recipe.surrogate == "geo_mean":
-        moves = ~(surrogate.low | surrogate.high) & (rows.advantages != 0)
-        return rows.sequence_mean(direct) * moves
-    if recipe.ratio == "sequence" and recipe.surrogate != "detached_clip":
-        return rows.sequence_mean(direct)
-    return direct
-
-
-def _kl(rows: Rows, recipe: Recipe, logprob: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the KL estimate of each token and its derivative in l."""
-    if rows.ref_logprob is None:
-        return None, None
-    excess = logprob - rows.ref_logprob
-    if recipe.kl == "k1":
-        return excess, torch.ones_like(excess)
-    if recipe.kl == "abs":
-        return excess.abs(), excess.sign()
-    if recipe.kl == "k2":
-        return excess.square() / 2, excess
-    inside = excess.clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
-    return torch.expm1(-inside) + inside, -torch.expm1(-inside) * (inside == excess)
+def _target_loss(rows: Rows, recipe: Recipe) -> Tensor | float:
+    """Return these rows' part, by tokens, of coef (L_H - anchor)^2."""
+    if recipe.entropy_target is None:
+        return 0.0
+    gap = rows.shared_statistic("entropy_gap")
+    return recipe.entropy_target.coef * gap.square() * (len(rows.sequence) / rows.num_tokens)
 
 
 def _metrics(
-    rows: Rows, recipe: Recipe, terms: Terms, logprob: Tensor, entropy: Tensor | None
+    rows: Rows,
+    recipe: Recipe,
+    terms: Terms,
+    logprob: Tensor,
+    entropy: Tensor | None,
+    truncated: Tensor | None,
 ) -> dict[str, Tensor]:
     found = terms.surrogate
     gap = (logprob - rows.old_logprob).abs()
@@ -199,7 +167,44 @@ def _metrics(
         metrics["kl"] = mean(terms.kl)
     if entropy is not None:
         metrics["entropy"] = mean(entropy)
+    if recipe.selection:
+        metrics["selected_mean"] = mean(rows.row_statistic("selected"))
+    if recipe.reweighting:
+        metrics["reweighting_mean"] = mean(rows.row_statistic("reweighting"))
+    if terms.penalty is not None:
+        metrics["entropy_penalty"] = mean(terms.penalty)
+    if recipe.entropy_target and truncated is not None:
+        metrics["truncated_entropy"] = (rows.row_statistic("entropy_share") * truncated).sum()
     return metrics
+
+
+def _details(
+    rows: Rows,
+    recipe: Recipe,
+    terms: Terms,
+    entropy: Tensor | None,
+    seen: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Spread over [N] what the recipe saw and decided."""
+    found = terms.surrogate
+    named = {
+        "ratio": found.ratio,
+        "clipped_low": found.low,
+        "clipped_high": found.high,
+        "clipped_dual": found.dual,
+        "kl": terms.kl,
+        "entropy_penalty": terms.penalty,
+        "selected": rows.stats.get("selected"),
+        "reweighting": rows.stats.get("reweighting"),
+        **seen,
+    }
+    if recipe.selection and recipe.selection.effect == "kl_to_proxy":
+        named["proxy_logprob"] = proxy_logprob(rows, recipe.selection)
+    middle = _entropy_mean(rows)
+    if recipe.entropy_band and entropy is not None and middle is not None:
+        named["entropy_level"] = band_level(rows, recipe.entropy_band, entropy)
+        named["entropy_mean"] = middle.expand(len(rows.sequence))
+    return {name: rows.scatter(values) for name, values in named.items() if values is not None}
 
 
 def _largest(values: Tensor) -> Tensor:

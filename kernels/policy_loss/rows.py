@@ -1,61 +1,17 @@
-"""What a policy loss is given and gives, and the trained rows of a batch."""
+"""The trained rows of a batch: all that a loss needs to know about each of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
-from eapo_fast.errors import suggest
-from eapo_fast.kernels.checks import FLAGS, FLOATS, check_cu_seqlens, check_tensor
+from eapo_fast.kernels.policy_loss.batch import PER_TOKEN, LossOutput, PolicyBatch, check_batch
 from eapo_fast.recipes import Recipe
 
-STATS = ("weight",)
-"""Keys of `stats`. weight: a detached factor on the surrogate of each token."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PolicyBatch:
-    """N tokens of S sequences, packed one after the other; nothing in it is differentiated."""
-
-    old_logprob: Tensor
-    """[N] log-probability under the policy that sampled."""
-    advantages: Tensor
-    """[S] one a sequence, or [N] one a token ([S] if S = N)."""
-    cu_seqlens: Tensor
-    """[S + 1] integers: sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1]."""
-    mask: Tensor | None = None
-    """[N] flags: 0 takes a token out of everything, whatever it holds; None: all are in."""
-    ref_logprob: Tensor | None = None
-    """[N] log-probability under the reference; needed if the recipe's beta is above 0."""
-    group_ids: Tensor | None = None
-    """[S] prompt group of each sequence; no recipe so far reads it in the loss."""
-    stats: Mapping[str, Tensor] | None = None
-    """[N] each, what single recipes need; known: "weight", a factor on the surrogate."""
-    num_tokens: int | Tensor | None = None
-    """Masked-in tokens of the whole batch that this is a part of; None: of this part."""
-    num_sequences: int | Tensor | None = None
-    """Sequences with such a token in the whole batch; None: in this part."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class LossOutput:
-    """A loss and the coefficients of its gradient. All but `loss` is detached."""
-
-    loss: Tensor
-    """0-dim. Losses of the parts of a batch add up to the loss of the batch."""
-    metrics: Mapping[str, Tensor]
-    """0-dim each. Values of the parts add up too, except where the name ends in `_max`."""
-    a: Tensor
-    """[N] dloss/dlogprob, 0 where the mask is 0."""
-    b: Tensor
-    """[N] dloss/dentropy, 0 where the mask is 0."""
-    c: Tensor | None = None
-    """[N] dloss/d(truncated entropy); None: the recipe has no such term."""
-    token_loss: Tensor
-    """[N] loss of each token before aggregation, 0 where the mask is 0."""
+__all__ = ["LossOutput", "PolicyBatch", "Rows", "check_batch", "norm_length", "trained_rows"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -82,6 +38,12 @@ class Rows:
     """[n] where the rows are in the batch; None: everywhere."""
     total: int
     """N."""
+    num_sequences: Tensor
+    """0-dim, at least 1: sequences of the whole batch with such a row."""
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+    """[n] each, further values of the row, by the names of `PolicyBatch.stats`."""
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    """Values that all rows share, by the same names."""
 
     def part(self, start: int, stop: int) -> Rows:
         """Return rows start ... stop, for computations that look at single rows only."""
@@ -90,7 +52,8 @@ class Rows:
             for f in fields(self)
             if f.name in _PER_ROW and (value := getattr(self, f.name)) is not None
         }
-        return replace(self, **cut)
+        stats = {name: values[start:stop] for name, values in self.stats.items()}
+        return replace(self, **cut, stats=stats)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Spread [n] over [N], with 0 at the masked rows."""
@@ -111,6 +74,23 @@ class Rows:
         """Average [n] over each sequence and give every row the mean of its own."""
         return self.sequence_sum(values) / self.lengths[self.sequence]
 
+    def row_statistic(self, name: str) -> Tensor:
+        """Return `stats[name]` [n]. Raises `ValueError` where the rows don't have it."""
+        if name not in self.stats:
+            raise ValueError(f"stats: {name!r} is needed; pass it, or resolve the rows first")
+        return self.stats[name]
+
+    def shared_statistic(self, name: str) -> Tensor:
+        """Return `shared[name]`. Raises `ValueError` where the rows don't have it."""
+        if name not in self.shared:
+            raise ValueError(f"stats: {name!r} is needed; pass it, or resolve the rows first")
+        return self.shared[name]
+
+    def position(self) -> Tensor:
+        """Return [n] integers: how many rows of its sequence come before each row."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        return torch.arange(len(self.sequence), device=starts.device) - starts[self.sequence]
+
 
 _PER_ROW = ("old_logprob", "advantages", "weight", "sequence", "ref_logprob", "factor", "index")
 
@@ -127,48 +107,66 @@ def trained_rows(batch: PolicyBatch, recipe: Recipe, dtype: torch.dtype) -> Rows
         sequence = sequence[index]
     lengths = torch.bincount(sequence, minlength=sequences)
 
-    def pick(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
+    def pick(values: Tensor) -> Tensor:
         return (values if index is None else values[index]).detach().to(dtype)
 
-    old_logprob = pick(batch.old_logprob)
-    assert old_logprob is not None
     per_sequence = len(batch.advantages) == sequences
     advantages = batch.advantages[sequence] if per_sequence else pick(batch.advantages)
-    assert advantages is not None
     num_tokens = _count(batch.num_tokens, len(sequence), dtype, sequence.device)
+    num_sequences = _count(batch.num_sequences, (lengths > 0).sum(), dtype, sequence.device)
+    stats, shared = _statistics(batch, pick, dtype)
     return Rows(
-        old_logprob=old_logprob,
+        old_logprob=pick(batch.old_logprob),
         advantages=advantages.detach().to(dtype),
-        weight=_shares(batch, recipe, lengths, num_tokens)[sequence],
+        weight=_shares(recipe, lengths, num_tokens, num_sequences)[sequence],
         sequence=sequence,
-        ref_logprob=pick(batch.ref_logprob),
-        factor=pick((batch.stats or {}).get("weight")),
+        ref_logprob=None if batch.ref_logprob is None else pick(batch.ref_logprob),
+        factor=stats.pop("weight", None),
         lengths=lengths,
         num_tokens=num_tokens,
+        num_sequences=num_sequences,
         index=index,
         total=total,
+        stats=stats,
+        shared=shared,
     )
 
 
-def _shares(batch: PolicyBatch, recipe: Recipe, lengths: Tensor, num_tokens: Tensor) -> Tensor:
+def _statistics(
+    batch: PolicyBatch, pick: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Part `batch.stats` into values of rows and values that all rows share."""
+    rows: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = {}
+    for name, values in (batch.stats or {}).items():
+        if name == "selected":
+            rows[name] = pick(values != 0) != 0
+        elif name == "entropy_history":
+            shared.setdefault("entropy_mean", values.detach().to(dtype).mean())
+        elif name in PER_TOKEN or values.ndim:
+            rows[name] = pick(values)
+        else:
+            shared[name] = values.detach() if name == "step" else values.detach().to(dtype)
+    return rows, shared
+
+
+def _shares(recipe: Recipe, lengths: Tensor, num_tokens: Tensor, num_sequences: Tensor) -> Tensor:
     """Return the weight of a token of each sequence [S]: its derivative of the aggregate."""
     ones = torch.ones_like(lengths, dtype=num_tokens.dtype)
     if recipe.aggregation == "token-mean":
         return ones / num_tokens
     if recipe.aggregation == "token-sum-norm":
-        return ones / _max_length(recipe)
-    live = (lengths > 0).sum()
-    shares = ones / _count(batch.num_sequences, live, ones.dtype, ones.device)
+        return ones / norm_length(recipe)
+    shares = ones / num_sequences
     if recipe.aggregation == "seq-mean-token-sum":
         return shares
     if recipe.aggregation == "seq-mean-token-mean":
         return shares / lengths.clamp(min=1)
-    return shares / _max_length(recipe)
+    return shares / norm_length(recipe)
 
 
-def _max_length(recipe: Recipe) -> int:
+def norm_length(recipe: Recipe) -> float:
+    """Return the constant of a -norm aggregation. Raises `ValueError` where it is open."""
     if recipe.max_length is None:
         raise ValueError(
             f"recipe {recipe.name!r}: aggregation {recipe.aggregation!r} divides by max_length, "
@@ -182,29 +180,3 @@ def _count(
 ) -> Tensor:
     count = local if given is None else given
     return torch.as_tensor(count, dtype=dtype, device=device).clamp(min=1)
-
-
-def check_batch(batch: PolicyBatch, recipe: Recipe, rows: int, device: torch.device) -> None:
-    """Raise `ValueError` unless `batch` describes `rows` rows and holds what `recipe` reads."""
-    if not isinstance(recipe, Recipe):
-        raise ValueError(f"recipe: got {recipe!r}, a Recipe is needed; see recipes.get(name)")
-    check_tensor("old_logprob", batch.old_logprob, [rows], FLOATS, device)
-    check_cu_seqlens(batch.cu_seqlens, rows, device)
-    check_tensor("advantages", batch.advantages, ["S or N"], FLOATS, device)
-    sequences = len(batch.cu_seqlens) - 1
-    if len(batch.advantages) not in (sequences, rows):
-        raise ValueError(
-            f"advantages: got {len(batch.advantages)} values, allowed is one a sequence "
-            f"({sequences}) or one a token ({rows})"
-        )
-    if batch.mask is not None:
-        check_tensor("mask", batch.mask, [rows], FLAGS, device)
-    if batch.ref_logprob is not None:
-        check_tensor("ref_logprob", batch.ref_logprob, [rows], FLOATS, device)
-    elif recipe.beta > 0:
-        raise ValueError(f"ref_logprob: recipe {recipe.name!r} has beta {recipe.beta:g}; pass it")
-    for name, values in (batch.stats or {}).items():
-        if name not in STATS:
-            allowed = ", ".join(STATS)
-            raise ValueError(f"stats: got {name!r}, known: {allowed}.{suggest(name, STATS)}")
-        check_tensor(f"stats[{name!r}]", values, [rows], FLOATS, device)

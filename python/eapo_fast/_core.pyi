@@ -390,3 +390,34 @@ def rms_norm(
 ) -> None: ...
 def gated_activation(gate: Tensor, up: Tensor, kind: str, out: Tensor) -> None: ...
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None: ...
+
+POLICY_SUMS: int
+"""Numbers in `sums` of `policy_loss`."""
+
+def policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    mask: Tensor | None,
+    ref_logprob: Tensor | None,
+    entropy: Tensor | None,
+    factor: Tensor | None,
+    surrogate: str,
+    kl: str,
+    aggregation: str,
+    least: float,
+    most: float,
+    delta: float,
+    beta: float,
+    entropy_coef: float,
+    max_length: float,
+    num_tokens: float,
+    num_sequences: float,
+    a: Tensor,
+    b: Tensor | None,
+    token_loss: Tensor,
+    sums: Tensor,
+) -> None:
+    """Fill a, b, token_loss [N] and sums (float64) from float32 vectors; see csrc/cpu/policy.h."""

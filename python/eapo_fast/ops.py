@@ -6,21 +6,38 @@ a backend that cannot run here raises `ValueError` with the reason. float64 in g
 
 from __future__ import annotations
 
-from eapo_fast.kernels.group_advantages import group_advantages
+from eapo_fast.kernels.group_advantages import (
+    GroupStatistics,
+    group_advantages,
+    group_statistics,
+)
 from eapo_fast.kernels.linear_policy_loss import linear_policy_loss
 from eapo_fast.kernels.linear_token_stats import TokenStats, linear_token_stats
 from eapo_fast.kernels.paged_attention import paged_attention
-from eapo_fast.kernels.policy_loss import LossOutput, PolicyBatch, policy_loss
+from eapo_fast.kernels.policy_loss import (
+    LossOutput,
+    PolicyBatch,
+    policy_loss,
+    policy_statistics,
+)
 from eapo_fast.kernels.sample import sample
+from eapo_fast.kernels.token_advantages import token_advantages
+from eapo_fast.kernels.truncated_entropy import TruncatedEntropy, truncated_entropy
 
 __all__ = [
+    "GroupStatistics",
     "LossOutput",
     "PolicyBatch",
     "TokenStats",
+    "TruncatedEntropy",
     "group_advantages",
+    "group_statistics",
     "linear_policy_loss",
     "linear_token_stats",
     "paged_attention",
     "policy_loss",
+    "policy_statistics",
     "sample",
+    "token_advantages",
+    "truncated_entropy",
 ]

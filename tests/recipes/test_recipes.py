@@ -10,14 +10,17 @@ import pytest
 
 from eapo_fast import recipes
 from eapo_fast.errors import ConfigError
-from eapo_fast.recipes import Recipe
+from eapo_fast.recipes import EntropyBand, EntropyTarget, Recipe, Reweighting, Selection
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "base_recipes.json"
+
+_DROP = {"score": "covariance", "pick": "highest", "fraction": 0.1, "effect": "drop"}
 
 
 def test_names():
     base = {"eapo", "dapo", "grpo", "dr_grpo", "bnpo", "rloo", "opo", "gspo", "gmpo", "cispo"}
-    assert base <= set(recipes.names())
+    base |= {"reinforce_pp", "reinforce_pp_baseline", "ppo_dual_clip"}
+    assert base | {"clip_cov", "kl_cov", "lp_reg", "steer", "epo", "siren"} <= set(recipes.names())
     assert recipes.names() == sorted(recipes.names())
     assert all(recipes.get(name).name == name for name in recipes.names())
 
@@ -35,7 +38,8 @@ def test_eapo_is_dapo_without_dual_clip():
 @pytest.mark.parametrize(
     ("name", "locality"),
     [("eapo", "token-local"), ("cispo", "token-local"), ("gspo", "sequence-level"),
-     ("gspo_token", "sequence-level"), ("gmpo", "sequence-level")],
+     ("gspo_token", "sequence-level"), ("gmpo", "sequence-level"), ("epo", "token-local"),
+     ("clip_cov", "batch-global"), ("steer", "batch-global"), ("siren", "batch-global")],
 )  # fmt: skip
 def test_locality(name, locality):
     assert recipes.get(name).locality == locality
@@ -66,6 +70,61 @@ def test_text_says_what_differs():
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("clip_cov", "random 0.0002 by covariance above 1 below 5: drop,"),
+        ("kl_cov", "highest 0.002 by covariance: 1 abs kl_to_old,"),
+        ("lp_reg", "lowest 0.01 by logprob of A < 0: 1 k3 kl_to_proxy,"),
+        ("steer", "linear weight 0.8 to 1.2 by entropy change,"),
+        ("epo", "0.001 entropy bonus less token band [0.8, 1.2] at 0.1,"),
+        ("siren", "0.005 (top-0.8 entropy above q0.8 - anchor)^2,"),
+        ("reinforce_pp", "advantage none/none whitened,"),
+    ],
+)
+def test_text_of_the_parts(name, text):
+    assert text in str(recipes.get(name))
+
+
+def test_parts_are_data():
+    recipe = recipes.get("eapo").replace(
+        selection=_DROP,
+        reweighting={"low": 0.5},
+        entropy_coef=0.1,
+        entropy_band=EntropyBand(level="sequence", width=7),
+        entropy_target={},
+    )
+    assert recipe.selection == Selection(**_DROP)
+    assert recipe.reweighting == Reweighting(low=0.5)
+    assert recipe.entropy_target == EntropyTarget()
+    assert json.loads(recipe.to_json())["selection"]["fraction"] == 0.1
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert len({recipe, recipe.replace()}) == 1
+    wider = recipe.replace(selection=recipe.selection.replace(fraction=0.2))
+    assert wider.selection.fraction == 0.2
+    assert wider.replace(selection=None).selection is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.selection.fraction = 0.3
+
+
+def test_a_recipe_says_what_it_reads():
+    read = {name: recipes.get(name).stats for name in recipes.names()}
+    assert {name: stats for name, stats in read.items() if stats} == {
+        "lp_reg": ("max_logprob", "kept_mass"),
+        "siren": ("truncated_entropy",),
+        "steer": ("old_entropy",),
+    }
+    assert [n for n in recipes.names() if recipes.get(n).needs_entropy] == ["epo"]
+    assert not any(recipes.get(name).needs_reference for name in recipes.names())
+
+
+@pytest.mark.parametrize(("epoch", "total"), [(-1, 150), (3, 0), (float("nan"), 150)])
+def test_phase_weight_refuses_what_is_no_epoch(epoch, total):
+    assert recipes.phase_weight(0) == 1.0
+    with pytest.raises(ConfigError, match=r"^phase_weight: got epoch"):
+        recipes.phase_weight(epoch, total)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
@@ -84,8 +143,34 @@ def test_text_says_what_differs():
         ({"kl": "k4"}, r"kl: got 'k4', allowed is one of 'k1', 'abs', 'k2', 'k3'"),
         ({"group_filter": "reward"}, r"group_filter: got 'reward', allowed is one of None"),
         ({"ddof": True}, r"ddof: got True, allowed is one of 0, 1"),
-        ({"max_length": 0}, r"max_length: got 0"),
-        ({"name": ""}, r"name: a recipe needs a name"),
+        ({"max_length": 0}, r"max_length: got 0, allowed is a finite number of at least 1"),
+        ({"name": ""}, r"name: got '', allowed is text that is not empty"),
+        ({"gamma": 1.01}, r"gamma: got 1.01, .* of at least 0 and of at most 1$"),
+        ({"whiten": 1}, r"whiten: got 1, allowed is one of False, True"),
+        ({"scope": "microbatch"}, r"scope: got 'microbatch'.*Did you mean 'micro_batch'"),
+        ({"entropy_band": EntropyBand()}, r"entropy_band: entropy_coef is 0, so there is no bonus"),
+        ({"selection": 3}, r"selection: got 3, allowed is a Selection, a mapping or None"),
+        ({"selection": {"score": "covariance"}}, r"pick: missing; a selection needs it"),
+        ({"selection": _DROP | {"frction": 1}}, r"a selection has no field 'frction'. Did you"),
+        ({"selection": _DROP | {"fraction": 0}}, r"selection.fraction: got 0, .*above 0 and of at"),
+        ({"selection": _DROP | {"effect": "dorp"}}, r"got 'dorp'.*Did you mean 'drop'"),
+        ({"selection": _DROP | {"minimum": 0}}, r"selection.minimum: got 0, allowed is an integer"),
+        ({"selection": _DROP | {"seed": 1.0}}, r"selection.seed: got 1.0, allowed is an integer"),
+        (
+            {"selection": _DROP | {"skip_clipped": True}, "surrogate": "reinforce"},
+            r"selection: surrogate 'reinforce' has no loss without clip",
+        ),
+        ({"reweighting": {"low": 1.3}}, r"reweighting.low: got 1.3, .* above 0 and of at most 1.2"),
+        (
+            {"reweighting": {"mapping": "exponential", "low": 1.1}},
+            r"reweighting.low: got 1.1, .* at most 1$",
+        ),
+        ({"entropy_target": {"top_p": 2}}, r"entropy_target.top_p: got 2"),
+        ({"entropy_target": {"top_k": 0}}, r"entropy_target.top_k: got 0"),
+        (
+            {"entropy_coef": 0.1, "entropy_band": {"width": 8}},
+            r"entropy_band.width: level 'token' takes no mean",
+        ),
         ({"epsilon_hi": 0.3}, r"no field 'epsilon_hi'. Did you mean 'epsilon_high'"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, dict) else "",

@@ -1,12 +1,27 @@
-"""Policy-optimization methods as data: `recipes.get("eapo")`, `recipes.names()`, `Recipe`."""
+"""Policy-optimization methods as data: `recipes.get("eapo")`, `recipes.names()`, `Recipe`.
+
+`Selection`, `Reweighting`, `EntropyBand` and `EntropyTarget` are optional parts of a recipe;
+`phase_weight` is a schedule that one of them takes.
+"""
 
 from __future__ import annotations
 
 from eapo_fast.errors import ConfigError, suggest
 from eapo_fast.recipes.catalogue import RECIPES
+from eapo_fast.recipes.parts import EntropyBand, EntropyTarget, Reweighting, Selection
 from eapo_fast.recipes.recipe import Recipe
+from eapo_fast.recipes.schedules import phase_weight
 
-__all__ = ["Recipe", "get", "names"]
+__all__ = [
+    "EntropyBand",
+    "EntropyTarget",
+    "Recipe",
+    "Reweighting",
+    "Selection",
+    "get",
+    "names",
+    "phase_weight",
+]
 
 _BY_NAME: dict[str, Recipe] = {recipe.name: recipe for recipe in RECIPES}
 

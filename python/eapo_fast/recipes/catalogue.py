@@ -6,6 +6,7 @@ its trainer, the comment beside it says which value was taken.
 
 from __future__ import annotations
 
+from eapo_fast.recipes.parts import EntropyBand, EntropyTarget, Reweighting, Selection
 from eapo_fast.recipes.recipe import Recipe
 
 _DAPO = Recipe(
@@ -90,7 +91,85 @@ RECIPES: tuple[Recipe, ...] = (
         scale="none",
         surrogate="reinforce",
     ),
+    # Global advantage normalisation; clip range and token mean as in PPO. The paper's KL enters the
+    # rewards of tokens (`ops.token_advantages` takes those), so beta is 0 here.
+    Recipe(
+        name="reinforce_pp",
+        source="REINFORCE++, arXiv 2501.03262",
+        center="none",
+        scale="none",
+        whiten=True,
+    ),
+    Recipe(
+        name="reinforce_pp_baseline",
+        source="REINFORCE++-baseline, arXiv 2501.03262",
+        center="mean",
+        scale="none",
+        whiten=True,
+    ),
     # PPO's clipped surrogate on group advantages: no value model.
     Recipe(name="ppo", source="PPO, arXiv 1707.06347"),
     Recipe(name="ppo_dual_clip", source="dual-clip PPO, arXiv 1912.09729", delta=3.0),
+    Recipe(
+        name="clip_cov",
+        source="Clip-Cov, arXiv 2505.22617",
+        epsilon=1.0,
+        group_filter="accuracy",
+        selection=Selection(
+            score="covariance",
+            low=1.0,
+            high=5.0,
+            skip_clipped=True,
+            pick="random",
+            fraction=2e-4,
+            effect="drop",
+        ),
+    ),
+    Recipe(
+        name="kl_cov",
+        source="KL-Cov, arXiv 2505.22617",
+        surrogate="none",
+        selection=Selection(
+            score="covariance",
+            pick="highest",
+            fraction=2e-3,  # the paper's 7B setting; 2e-4 for 32B
+            effect="kl_to_old",
+        ),
+    ),
+    Recipe(
+        name="lp_reg",
+        source="Lp-Reg, arXiv 2510.03222",
+        epsilon=1.0,
+        epsilon_high=9.0,
+        selection=Selection(
+            score="logprob",
+            sign="negative",
+            pick="lowest",
+            fraction=0.01,
+            minimum=2,
+            effect="kl_to_proxy",
+            kl="k3",
+        ),
+    ),
+    _DAPO.replace(
+        name="steer",
+        source="STEER, arXiv 2510.10150",
+        group_filter=None,
+        reweighting=Reweighting(),
+    ),
+    # The method adds a term to any policy loss; PPO's on group advantages here.
+    Recipe(
+        name="epo",
+        source="EPO, arXiv 2509.22576",
+        entropy_coef=1e-3,
+        entropy_band=EntropyBand(),
+    ),
+    Recipe(
+        name="siren",
+        source="SIREN, arXiv 2509.25133",
+        scale="none",
+        epsilon=0.28,
+        aggregation="seq-mean-token-sum-norm",
+        entropy_target=EntropyTarget(),
+    ),
 )

@@ -1,26 +1,26 @@
 """`Recipe`: a policy-optimization method as data.
 
 The gradient of every method here with respect to the logits of one token is
-`a (onehot - p) + b (-p (ln p + H))` with detached scalars a and b. A recipe says how advantages are
-made from rewards and how a and b are filled; `eapo_fast.ops` does the arithmetic.
+`a (onehot - p) + b (-p (ln p + H)) + c (-q (ln q + Ht))` with detached scalars a, b and c, q being
+p on a truncated vocabulary. A recipe says how advantages are made from rewards and how a, b and c
+are filled; `eapo_fast.ops` does the arithmetic.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eapo_fast.errors import ConfigError, suggest
+from eapo_fast.errors import ConfigError
+from eapo_fast.recipes.checks import Data, check_choice, check_number
+from eapo_fast.recipes.parts import KLS, EntropyBand, EntropyTarget, Reweighting, Selection
 
 CENTERS = ("mean", "loo", "length", "none")
 SCALES = ("std", "batch_std", "none")
 RATIOS = ("token", "sequence", "sequence_token")
 SURROGATES = ("clip", "detached_clip", "geo_mean", "none", "reinforce")
-KLS = ("k1", "abs", "k2", "k3")
 AGGREGATIONS = (
     "token-mean",
     "seq-mean-token-mean",
@@ -28,29 +28,41 @@ AGGREGATIONS = (
     "seq-mean-token-sum-norm",
     "token-sum-norm",
 )
+SCOPES = ("batch", "micro_batch")
 LOCALITIES = ("token-local", "sequence-level", "batch-global")
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, tuple[Any, ...]] = {
     "center": CENTERS,
     "scale": SCALES,
+    "ddof": (0, 1),
+    "whiten": (False, True),
+    "group_filter": (None, "accuracy"),
     "ratio": RATIOS,
     "surrogate": SURROGATES,
     "kl": KLS,
     "aggregation": AGGREGATIONS,
+    "scope": SCOPES,
+}
+_PARTS: dict[str, type[Data]] = {
+    "selection": Selection,
+    "reweighting": Reweighting,
+    "entropy_band": EntropyBand,
+    "entropy_target": EntropyTarget,
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
+class Recipe(Data):
     """One policy-optimization method. Raises `ConfigError` for a value or pair that cannot work.
 
     Notation: A advantage, l and o log-probability under the current and the sampling policy,
-    f under the reference, d = l - o, r = exp(clamp(d, -20, 20)), H entropy in nats; T_i policy
-    tokens of sequence i, N tokens and S sequences (with at least one policy token) of the batch.
+    f under the reference, d = l - o, r = exp(clamp(d, -20, 20)), H entropy in nats, Ht entropy of
+    the truncated distribution; T_i policy tokens of sequence i, N tokens and S sequences (with at
+    least one policy token) of the batch. Parts may be given as mappings.
     """
 
     name: str
-    """What `recipes.get` and the logs call it."""
+    """What `recipes.get` and the logs call it; not empty."""
     source: str = ""
     """The paper that the method comes from."""
 
@@ -62,6 +74,10 @@ class Recipe:
     """Added to the standard deviation."""
     ddof: int = 1
     """The variance divides by n - ddof; 0 or 1."""
+    gamma: float = 1.0
+    """A token's return is gamma^k times a reward that comes k policy tokens later."""
+    whiten: bool = False
+    """Advantages of tokens are whitened over the batch: (x - mean) / sqrt(var + 1e-8)."""
     group_filter: str | None = None
     """"accuracy" drops prompt groups whose rollouts are all right or all wrong."""
 
@@ -78,37 +94,50 @@ class Recipe:
     """clip(r) is at most 1 + epsilon_high; None: epsilon."""
     delta: float | None = None
     """Dual clip: where A < 0, L is at most -A delta. Needs delta > 1 + epsilon_high."""
+    selection: Selection | None = None
+    """Tokens whose L is dropped or replaced (Clip-Cov, KL-Cov, Lp-Reg)."""
+    reweighting: Reweighting | None = None
+    """Factor on L by what the token does to the entropy (STEER)."""
+
     kl: str = "k3"
     """Estimator of the KL term, with D = l - f: k1 D, abs |D|, k2 D^2 / 2, k3 exp(-D) + D - 1."""
     beta: float = 0.0
     """KL coefficient; 0 adds no KL term and needs no reference model."""
     entropy_coef: float = 0.0
     """Entropy bonus: the loss falls by entropy_coef times the aggregated entropy."""
+    entropy_band: EntropyBand | None = None
+    """Penalty that the bonus subtracts for entropies off their usual level (EPO)."""
+    entropy_target: EntropyTarget | None = None
+    """Pull of the aggregated truncated entropy to an anchor (SIREN)."""
     aggregation: str = "token-mean"
     """Weight of a token: token-mean 1/N, seq-mean-token-mean 1/(S T_i), seq-mean-token-sum 1/S,
     seq-mean-token-sum-norm 1/(S max_length), token-sum-norm 1/max_length."""
-    max_length: int | None = None
+    max_length: float | None = None
     """The constant of the -norm aggregations; None: the trainer puts max_completion_length."""
+    scope: str = "batch"
+    """What statistics over tokens run over: the whole "batch" that an optimizer step sees, or the
+    "micro_batch" at hand, as in most published code (then the cut changes the result)."""
 
     def __post_init__(self) -> None:
+        if not self.name or not isinstance(self.name, str):
+            raise ConfigError(f"name: got {self.name!r}, allowed is text that is not empty")
         for field, allowed in _CHOICES.items():
-            _check_choice(field, getattr(self, field), allowed)
-        _check_choice("group_filter", self.group_filter, (None, "accuracy"))
-        _check_choice("ddof", self.ddof, (0, 1))
+            check_choice(field, getattr(self, field), allowed)
         for field in ("advantage_eps", "epsilon", "beta"):
-            _check_number(field, getattr(self, field), minimum=0.0)
-        _check_number("entropy_coef", self.entropy_coef)
+            check_number(field, getattr(self, field), minimum=0.0)
+        check_number("gamma", self.gamma, minimum=0.0, maximum=1.0)
+        check_number("entropy_coef", self.entropy_coef)
         if self.epsilon_high is not None:
-            _check_number("epsilon_high", self.epsilon_high, minimum=0.0)
-        if self.max_length is not None and not self.max_length >= 1:
-            raise ConfigError(f"max_length: got {self.max_length!r}, allowed is 1 or more")
+            check_number("epsilon_high", self.epsilon_high, minimum=0.0)
+        if self.max_length is not None:
+            check_number("max_length", self.max_length, minimum=1.0)
+        for field, kind in _PARTS.items():
+            object.__setattr__(self, field, _part(field, kind, getattr(self, field)))
         self._check_pairs()
 
     def _check_pairs(self) -> None:
-        if not self.name:
-            raise ConfigError("name: a recipe needs a name")
         if self.delta is not None:
-            _check_number("delta", self.delta)
+            check_number("delta", self.delta)
             if self.surrogate != "clip":
                 raise ConfigError(f"delta: surrogate {self.surrogate!r} has no dual clip; use None")
             if not self.delta > 1 + self.clip_high:
@@ -121,6 +150,15 @@ class Recipe:
                 f"ratio: got {self.ratio!r}, but surrogate {self.surrogate!r} fixes its own; "
                 "use 'token'"
             )
+        if self.selection is not None:
+            kept = self.selection.effect == "drop" and not self.selection.skip_clipped
+            if not kept and self.surrogate not in ("clip", "none"):
+                raise ConfigError(
+                    f"selection: surrogate {self.surrogate!r} has no loss without clip; "
+                    "use 'clip' or 'none', or effect 'drop' without skip_clipped"
+                )
+        if self.entropy_band is not None and not self.entropy_coef:
+            raise ConfigError("entropy_band: entropy_coef is 0, so there is no bonus to smooth")
 
     @property
     def clip_high(self) -> float:
@@ -129,7 +167,9 @@ class Recipe:
 
     @property
     def locality(self) -> str:
-        """What a and b of a token depend on: token-local, sequence-level or batch-global."""
+        """What a, b and c of a token depend on: token-local, sequence-level or batch-global."""
+        if self.selection or self.reweighting or self.entropy_target:
+            return "batch-global"
         sequence = self.ratio != "token" or self.surrogate == "geo_mean"
         return "sequence-level" if sequence else "token-local"
 
@@ -137,6 +177,23 @@ class Recipe:
     def needs_reference(self) -> bool:
         """Whether the loss reads log-probabilities of a reference model."""
         return self.beta > 0
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the loss reads the entropy of the current policy."""
+        return self.entropy_coef != 0
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        """Names of the per-token statistics that the loss reads from `stats`.
+
+        old_entropy, max_logprob and kept_mass are those of the sampling policy, truncated_entropy
+        is the current policy's.
+        """
+        names = ["old_entropy"] if self.reweighting else []
+        if self.selection and self.selection.effect == "kl_to_proxy":
+            names += ["max_logprob", "kept_mass"]
+        return (*names, *(["truncated_entropy"] if self.entropy_target else []))
 
     def keeps_group(self, accuracies: Sequence[float | None]) -> bool:
         """Whether a prompt group is trained on, given the accuracy of each rollout.
@@ -146,27 +203,9 @@ class Recipe:
         known = [a for a in accuracies if a is not None]
         return self.group_filter is None or len(known) < 2 or max(known) > min(known)
 
-    def replace(self, **changes: Any) -> Recipe:
-        """Return a copy with some fields changed, checked again; unknown: `ConfigError`."""
-        return type(self).from_dict(self.to_dict() | changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return every field by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
     def to_json(self) -> str:
         """Return one JSON object with every field; `from_json` reads it back."""
         return json.dumps(self.to_dict())
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Recipe:
-        """Build from a mapping. Raises `ConfigError` for an unknown field or a bad value."""
-        names = [f.name for f in dataclasses.fields(cls)]
-        for unknown in [f for f in fields if f not in names]:
-            raise ConfigError(f"a recipe has no field {unknown!r}.{suggest(str(unknown), names)}")
-        if "name" not in fields:
-            raise ConfigError("name: a recipe needs a name")
-        return cls(**fields)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -180,11 +219,15 @@ class Recipe:
         return cls.from_dict(fields)
 
     def __str__(self) -> str:
-        parts = [f"advantage {self.center}/{self.scale}", self._surrogate_text()]
+        advantage = f"advantage {self.center}/{self.scale}{' whitened' if self.whiten else ''}"
+        parts = [advantage, self._surrogate_text()]
+        parts += [str(p) for p in (self.selection, self.reweighting) if p is not None]
         if self.beta > 0:
             parts.append(f"{self.beta:g} KL ({self.kl})")
         if self.entropy_coef:
-            parts.append(f"{self.entropy_coef:g} entropy bonus")
+            band = "" if self.entropy_band is None else f" less {self.entropy_band}"
+            parts.append(f"{self.entropy_coef:g} entropy bonus{band}")
+        parts += [] if self.entropy_target is None else [str(self.entropy_target)]
         parts += [self.aggregation, *([f"filter {self.group_filter}"] if self.group_filter else [])]
         return f"{self.name}: {', '.join(parts)} ({self.locality})"
 
@@ -199,17 +242,9 @@ class Recipe:
         return f"{self.ratio} {self.surrogate} {bounds}{dual}"
 
 
-def _check_choice(field: str, value: Any, allowed: Sequence[Any]) -> None:
-    if any(value == a and type(value) is type(a) for a in allowed):
-        return
-    words = ", ".join(repr(a) for a in allowed)
-    hint = suggest(str(value), [a for a in allowed if isinstance(a, str)])
-    raise ConfigError(f"{field}: got {value!r}, allowed is one of {words}.{hint}")
-
-
-def _check_number(field: str, value: Any, *, minimum: float = -math.inf) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and value >= minimum:
-        return
-    least = "" if minimum == -math.inf else f" of at least {minimum:g}"
-    raise ConfigError(f"{field}: got {value!r}, allowed is a finite number{least}")
+def _part(field: str, kind: type[Data], value: Any) -> Data | None:
+    if value is None or isinstance(value, kind):
+        return value
+    if isinstance(value, Mapping):
+        return kind.from_dict(value)
+    raise ConfigError(f"{field}: got {value!r}, allowed is a {kind.__name__}, a mapping or None")

@@ -1,0 +1,258 @@
+// The policy loss of a stretch of tokens of one sequence, for one target.
+
+// exp(x) = scale (1 + r + q) for |x| <= 80; where scale is 1, x = r. NaN stays NaN.
+// Argument reduction and polynomial as in exp_nonpositive.
+struct ExpParts {
+  F scale, r, q;
+
+  EAPO_INLINE F value() const { return scale * (1.0f + r + q); }
+};
+
+EAPO_INLINE ExpParts exp_parts(F x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: n is in the low bits of what it is added to
+  const F shifted = x * 1.44269504f + kRound;
+  const F n = shifted - kRound;
+  const F r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  F p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const I exponent = ((I)shifted + 127) << 23;
+  return {(F)exponent, r, p * (r * r)};
+}
+
+// x inside [least, most]; NaN stays NaN.
+EAPO_INLINE F bounded(F x, F least, F most) {
+  x = x < least ? least : x;
+  return x > most ? most : x;
+}
+
+constexpr float kLogRatioLimit = 20.0f;
+
+EAPO_INLINE F limited(F x) {
+  return bounded(x, broadcast(-kLogRatioLimit), broadcast(kLogRatioLimit));
+}
+
+EAPO_INLINE F absolute(F x) { return (F)((I)x & 0x7fffffff); }
+
+// Sums of one block in single precision, small enough to lose nothing that matters.
+struct BlockTotals {
+  F loss{}, ratio{}, gap{}, kl{}, entropy{}, largest_ratio{}, largest_gap{};
+  I low{}, high{}, dual{};
+
+  void add_to(PolicySums& sums) const {
+    for (int i = 0; i < kLanes; ++i) {
+      sums.loss += loss[i];
+      sums.ratio += ratio[i];
+      sums.gap += gap[i];
+      sums.kl += kl[i];
+      sums.entropy += entropy[i];
+      sums.low += low[i];
+      sums.high += high[i];
+      sums.dual += dual[i];
+      sums.largest_ratio = std::max<double>(sums.largest_ratio, largest_ratio[i]);
+      sums.largest_gap = std::max<double>(sums.largest_gap, largest_gap[i]);
+    }
+  }
+};
+
+EAPO_INLINE void count(I& total, I flags) { total = flags ? total + 1 : total; }
+
+// What an advantage makes of the bounds: only the side that it pushes to is bounded.
+struct Bounds {
+  F advantage, least, most;
+  I negative;
+
+  EAPO_INLINE Bounds(const PolicyArgs& args, F a) : advantage(a), negative(a < 0.0f) {
+    const F free = broadcast(kInf);
+    least = negative ? broadcast(args.least) : -free;
+    most = negative ? broadcast(args.delta) : a > 0.0f ? broadcast(args.most) : free;
+  }
+};
+
+// One register of tokens.
+struct Tokens {
+  F logprob, old_logprob, ref_logprob, entropy, factor;
+  I live;
+};
+
+template <Surrogate kSurrogate>
+EAPO_INLINE void surrogate(const PolicyArgs& args, const Bounds& bounds, const Tokens& in, F ratio,
+                           I moves, BlockTotals& totals, F& loss, F& slope) {
+  const F push = -bounds.advantage;
+  if constexpr (kSurrogate == Surrogate::kReinforce) {
+    loss = push * in.logprob;
+    slope = push;
+  } else if constexpr (kSurrogate == Surrogate::kNone) {
+    loss = push * ratio;
+    slope = moves ? loss : F{};
+  } else if constexpr (kSurrogate == Surrogate::kDetachedClip) {
+    count(totals.low, in.live & (ratio < args.least));
+    count(totals.high, in.live & (ratio > args.most));
+    slope = push * bounded(ratio, broadcast(args.least), broadcast(args.most));
+    loss = slope * in.logprob;
+  } else {
+    const I above = in.live & (ratio > bounds.most);
+    count(totals.low, in.live & (ratio < bounds.least));
+    count(totals.high, above & ~bounds.negative);
+    count(totals.dual, above & bounds.negative);
+    const F clipped = bounded(ratio, bounds.least, bounds.most);
+    loss = push * clipped;
+    slope = moves & (clipped == ratio) ? loss : F{};
+  }
+}
+
+// The KL estimate of D = `excess` and its slope.
+EAPO_INLINE void kl_term(KlEstimator kind, F excess, F& value, F& slope) {
+  switch (kind) {
+    case KlEstimator::kK1:
+      value = excess;
+      slope = broadcast(1.0f);
+      return;
+    case KlEstimator::kAbs:
+      value = absolute(excess);
+      slope = excess > 0.0f ? broadcast(1.0f) : excess < 0.0f ? broadcast(-1.0f) : excess;
+      return;
+    case KlEstimator::kK2:
+      value = excess * excess * 0.5f;
+      slope = excess;
+      return;
+    case KlEstimator::kK3: {
+      const F inside = limited(excess);
+      const ExpParts e = exp_parts(-inside);
+      const I small = e.scale == 1.0f;
+      const F grown = small ? e.r + e.q : e.value() - 1.0f;  // exp(-D) - 1
+      value = small ? e.q : grown + inside;
+      slope = inside != excess && excess == excess ? F{} : -grown;
+      return;
+    }
+  }
+}
+
+// Evaluates one register of tokens: dloss/dl per unit of weight in `slope`, the loss in `loss`.
+template <Surrogate kSurrogate, bool kTerms>
+EAPO_INLINE void evaluate(const PolicyArgs& args, const Bounds& bounds, const Tokens& in,
+                          BlockTotals& totals, F& loss, F& slope) {
+  const F drift = in.logprob - in.old_logprob, inside = limited(drift);
+  const F ratio = exp_parts(inside).value();
+  surrogate<kSurrogate>(args, bounds, in, ratio, inside == drift, totals, loss, slope);
+  if constexpr (kTerms) {
+    if (args.factor != nullptr) {
+      loss *= in.factor;
+      slope *= in.factor;
+    }
+    if (args.ref_logprob != nullptr) {
+      F value, kl_slope;
+      kl_term(args.kl, in.logprob - in.ref_logprob, value, kl_slope);
+      totals.kl += in.live ? value : F{};
+      if (args.beta != 0) {
+        loss += args.beta * value;
+        slope += args.beta * kl_slope;
+      }
+    }
+    if (args.entropy != nullptr) {
+      totals.entropy += in.live ? in.entropy : F{};
+      if (args.entropy_coef != 0) loss -= args.entropy_coef * in.entropy;
+    }
+  }
+  const F gap = in.live ? absolute(drift) : F{}, live_ratio = in.live ? ratio : F{};
+  totals.ratio += live_ratio;
+  totals.gap += gap;
+  totals.largest_ratio = max(totals.largest_ratio, live_ratio);
+  totals.largest_gap = max(totals.largest_gap, gap);
+  loss = in.live ? loss : F{};
+  slope = in.live ? slope : F{};
+}
+
+// The mask of whole registers, and of the first `n` tokens from `at` on.
+template <bool kMasked>
+EAPO_INLINE I live_tokens(const bool* mask, int64_t at) {
+  if constexpr (!kMasked) return I{} == 0;
+  using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+  Bytes flags;
+  std::memcpy(&flags, mask + at, sizeof flags);
+  return __builtin_convertvector(flags, I) != 0;
+}
+
+template <bool kMasked>
+EAPO_INLINE I first_live_tokens(const bool* mask, int64_t at, int64_t n) {
+  I live{};
+  for (int64_t i = 0; i < n; ++i) live[i] = kMasked && !mask[at + i] ? 0 : -1;
+  return live;
+}
+
+// Tokens [begin, end) of one sequence, whose tokens weigh `weight`. kMasked: there is a mask.
+// kTerms: there may be more than the surrogate, or an advantage for each token.
+template <Surrogate kSurrogate, bool kMasked, bool kTerms>
+EAPO_INLINE void run_tokens(const PolicyArgs& args, int64_t begin, int64_t end, int64_t sequence,
+                            float weight, BlockTotals& totals) {
+  const bool each = kTerms && args.advantage_per_token;
+  const Bounds shared(args, broadcast(each ? 0.0f : args.advantages[sequence]));
+  const auto step = [&](const auto& read, I live, const auto& write) {
+    Tokens in{.logprob = read(args.logprob), .old_logprob = read(args.old_logprob), .live = live};
+    if constexpr (kTerms) {
+      in.ref_logprob = args.ref_logprob ? read(args.ref_logprob) : F{};
+      in.entropy = args.entropy ? read(args.entropy) : F{};
+      in.factor = args.factor ? read(args.factor) : F{};
+    }
+    const Bounds bounds = each ? Bounds(args, read(args.advantages)) : shared;
+    F loss, slope;
+    evaluate<kSurrogate, kTerms>(args, bounds, in, totals, loss, slope);
+    totals.loss += loss * weight;
+    write(args.a, slope * weight);
+    write(args.token_loss, loss);
+    if (kTerms && args.b != nullptr)
+      write(args.b, live ? broadcast(-args.entropy_coef * weight) : F{});
+  };
+  int64_t at = begin;
+  for (; at + kLanes <= end; at += kLanes)
+    step([&](const float* values) { return load(values + at); },
+         live_tokens<kMasked>(args.mask, at),
+         [&](float* target, F values) { store(target + at, values); });
+  if (at < end)
+    step([&](const float* values) { return load_first(values + at, end - at, 0.0f); },
+         first_live_tokens<kMasked>(args.mask, at, end - at),
+         [&](float* target, F values) { store_first(target + at, end - at, values); });
+}
+
+template <Surrogate kSurrogate, bool kMasked, bool kTerms>
+void run_block(const PolicyArgs& shared, const float* weights, int64_t begin, int64_t end,
+               PolicySums& sums) {
+  const PolicyArgs args = shared;  // out of reach of the stores below
+  const int64_t* next = std::upper_bound(args.cu_seqlens, args.cu_seqlens + args.sequences, begin);
+  BlockTotals totals;
+  for (int64_t sequence = next - args.cu_seqlens - 1; begin < end; ++sequence) {
+    const int64_t stop = std::min(end, args.cu_seqlens[sequence + 1]);
+    run_tokens<kSurrogate, kMasked, kTerms>(args, begin, stop, sequence, weights[sequence], totals);
+    begin = stop;
+  }
+  totals.add_to(sums);
+}
+
+template <Surrogate kSurrogate>
+void block_of(const PolicyArgs& args, const float* weights, int64_t begin, int64_t end,
+              PolicySums& sums) {
+  const bool terms = args.ref_logprob != nullptr || args.entropy != nullptr ||
+                     args.factor != nullptr || args.b != nullptr || args.advantage_per_token;
+  if (terms)
+    return args.mask ? run_block<kSurrogate, true, true>(args, weights, begin, end, sums)
+                     : run_block<kSurrogate, false, true>(args, weights, begin, end, sums);
+  return args.mask ? run_block<kSurrogate, true, false>(args, weights, begin, end, sums)
+                   : run_block<kSurrogate, false, false>(args, weights, begin, end, sums);
+}
+
+inline void policy_block(const PolicyArgs& args, const float* weights, int64_t begin, int64_t end,
+                         PolicySums& sums) {
+  switch (args.surrogate) {
+    case Surrogate::kClip:
+      return block_of<Surrogate::kClip>(args, weights, begin, end, sums);
+    case Surrogate::kDetachedClip:
+      return block_of<Surrogate::kDetachedClip>(args, weights, begin, end, sums);
+    case Surrogate::kNone:
+      return block_of<Surrogate::kNone>(args, weights, begin, end, sums);
+    case Surrogate::kReinforce:
+      return block_of<Surrogate::kReinforce>(args, weights, begin, end, sums);
+  }
+}

@@ -1,0 +1,122 @@
+"""What a policy loss is given and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from eapo_fast.errors import suggest
+from eapo_fast.kernels.checks import FLAGS, FLOATS, INTEGERS, check_cu_seqlens, check_tensor
+from eapo_fast.recipes import Recipe
+
+PER_TOKEN = (
+    "weight",
+    "old_entropy",
+    "max_logprob",
+    "kept_mass",
+    "truncated_entropy",
+    "selected",
+    "reweighting",
+    "entropy_share",
+)
+"""Keys of `stats` that hold [N] values."""
+SCALARS = ("entropy_gap", "smoothing", "anchor", "step")
+"""Keys of `stats` that hold one value."""
+STATS = (*PER_TOKEN, *SCALARS, "entropy_mean", "entropy_history")
+"""All keys of `stats`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PolicyBatch:
+    """N tokens of S sequences, packed one after the other; nothing in it is differentiated."""
+
+    old_logprob: Tensor
+    """[N] log-probability under the policy that sampled."""
+    advantages: Tensor
+    """[S] one a sequence, or [N] one a token ([S] if S = N)."""
+    cu_seqlens: Tensor
+    """[S + 1] integers: sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1]."""
+    mask: Tensor | None = None
+    """[N] flags: 0 takes a token out of everything, whatever it holds; None: all are in."""
+    ref_logprob: Tensor | None = None
+    """[N] log-probability under the reference; needed if the recipe's beta is above 0."""
+    group_ids: Tensor | None = None
+    """[S] prompt group of each sequence; no recipe so far reads it in the loss."""
+    stats: Mapping[str, Tensor] | None = None
+    """What single recipes need, by the names that `policy_loss` lists."""
+    num_tokens: int | Tensor | None = None
+    """Masked-in tokens of the whole batch that this is a part of; None: of this part."""
+    num_sequences: int | Tensor | None = None
+    """Sequences with such a token in the whole batch; None: in this part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LossOutput:
+    """A loss and the coefficients of its gradient. All but `loss` is detached."""
+
+    loss: Tensor
+    """0-dim. Losses of the parts of a batch add up to the loss of the batch."""
+    metrics: Mapping[str, Tensor]
+    """0-dim each. Values of the parts add up too, except where the name ends in `_max`."""
+    a: Tensor
+    """[N] dloss/dlogprob, 0 where the mask is 0."""
+    b: Tensor
+    """[N] dloss/dentropy, 0 where the mask is 0."""
+    c: Tensor | None = None
+    """[N] dloss/d(truncated entropy); None: the recipe has no such term."""
+    token_loss: Tensor
+    """[N] loss of each token before aggregation, 0 where the mask is 0; without the entropy
+    target, which is no sum over tokens."""
+    details: Mapping[str, Tensor] = field(default_factory=dict)
+    """[N] each, what the recipe saw and decided, where it was asked for."""
+
+
+def check_batch(batch: PolicyBatch, recipe: Recipe, rows: int, device: torch.device) -> None:
+    """Raise `ValueError` unless `batch` describes `rows` rows and holds what `recipe` reads.
+
+    The truncated entropy is not asked for: some callers work it out themselves.
+    """
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe: got {recipe!r}, a Recipe is needed; see recipes.get(name)")
+    check_tensor("old_logprob", batch.old_logprob, [rows], FLOATS, device)
+    check_cu_seqlens(batch.cu_seqlens, rows, device)
+    check_tensor("advantages", batch.advantages, ["S or N"], FLOATS, device)
+    sequences = len(batch.cu_seqlens) - 1
+    if len(batch.advantages) not in (sequences, rows):
+        raise ValueError(
+            f"advantages: got {len(batch.advantages)} values, allowed is one a sequence "
+            f"({sequences}) or one a token ({rows})"
+        )
+    if batch.mask is not None:
+        check_tensor("mask", batch.mask, [rows], FLAGS, device)
+    if batch.ref_logprob is not None:
+        check_tensor("ref_logprob", batch.ref_logprob, [rows], FLOATS, device)
+    elif recipe.beta > 0:
+        raise ValueError(f"ref_logprob: recipe {recipe.name!r} has beta {recipe.beta:g}; pass it")
+    _check_stats(batch.stats or {}, recipe, rows, device)
+
+
+def _check_stats(
+    stats: Mapping[str, Tensor], recipe: Recipe, rows: int, device: torch.device
+) -> None:
+    for name, values in stats.items():
+        label = f"stats[{name!r}]"
+        if name not in STATS:
+            allowed = ", ".join(STATS)
+            raise ValueError(f"stats: got {name!r}, known: {allowed}.{suggest(str(name), STATS)}")
+        dtypes = {"selected": FLAGS, "step": INTEGERS}.get(name, FLOATS)
+        if name == "entropy_history":
+            check_tensor(label, values, ["K"], dtypes, device)
+            if not len(values):
+                raise ValueError(f"{label}: got no values; leave it out before the first one")
+        elif name in SCALARS or (name == "entropy_mean" and getattr(values, "ndim", 1) == 0):
+            check_tensor(label, values, [], dtypes, device)
+        else:
+            check_tensor(label, values, [rows], dtypes, device)
+    for name in recipe.stats:
+        known = name in stats or (name == "old_entropy" and "reweighting" in stats)
+        if not known and name != "truncated_entropy":
+            raise ValueError(f"stats: recipe {recipe.name!r} reads {name!r}; pass it")

@@ -1,0 +1,112 @@
+"""Token-local policy losses in one read of the inputs, by the compiled CPU kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eapo_fast import _core
+from eapo_fast.kernels.native import follow_torch_threads
+from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch
+from eapo_fast.kernels.policy_loss.rows import norm_length
+from eapo_fast.recipes import Recipe
+
+_SUMS = (
+    "loss",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/delta_mean",
+    "ratio_mean",
+    "logp_difference_mean",
+    "kl",
+    "entropy",
+    "ratio_max",
+    "logp_difference_max",
+    "num_tokens",
+)
+
+
+def refusal(logprob: Tensor, recipe: Recipe, details: bool) -> str | None:
+    """Return why the compiled kernel cannot evaluate `recipe` on `logprob`, or None."""
+    if logprob.device.type != "cpu":
+        return f"the tensors are on {logprob.device}"
+    if logprob.dtype == torch.float64:
+        return "it computes in float32, got float64"
+    if recipe.locality != "token-local" or recipe.entropy_band is not None:
+        return f"it knows single tokens, and recipe {recipe.name!r} looks at more than one"
+    return "details come from the reference" if details else None
+
+
+def policy_loss(
+    logprob: Tensor, entropy: Tensor | None, batch: PolicyBatch, recipe: Recipe
+) -> LossOutput:
+    """Return the detached loss of a checked batch, metrics and coefficients; float32."""
+    follow_torch_threads()
+    a, token_loss = logprob.new_empty(2, len(logprob), dtype=torch.float32)
+    b = torch.empty_like(a) if recipe.entropy_coef else None
+    sums = torch.empty(_core.POLICY_SUMS, dtype=torch.float64)
+    _core.policy_loss(
+        _plain(logprob),
+        _plain(batch.old_logprob),
+        _plain(batch.advantages),
+        batch.cu_seqlens.long().contiguous(),
+        mask=None if batch.mask is None else _flags(batch.mask),
+        ref_logprob=_optional(batch.ref_logprob),
+        entropy=_optional(entropy),
+        factor=_optional((batch.stats or {}).get("weight")),
+        surrogate=recipe.surrogate,
+        kl=recipe.kl,
+        aggregation=recipe.aggregation,
+        least=1 - recipe.epsilon,
+        most=1 + recipe.clip_high,
+        delta=float("inf") if recipe.delta is None else recipe.delta,
+        beta=recipe.beta,
+        entropy_coef=recipe.entropy_coef,
+        max_length=norm_length(recipe) if recipe.aggregation.endswith("-norm") else 1.0,
+        num_tokens=-1.0 if batch.num_tokens is None else float(batch.num_tokens),
+        num_sequences=-1.0 if batch.num_sequences is None else float(batch.num_sequences),
+        a=a,
+        b=b,
+        token_loss=token_loss,
+        sums=sums,
+    )
+    return LossOutput(
+        loss=sums[0].float(),
+        metrics=_metrics(sums, recipe, batch, entropy),
+        a=a,
+        b=a.new_zeros(()).expand(len(a)) if b is None else b,
+        token_loss=token_loss,
+    )
+
+
+def _metrics(
+    sums: Tensor, recipe: Recipe, batch: PolicyBatch, entropy: Tensor | None
+) -> dict[str, Tensor]:
+    means = dict(zip(_SUMS, (sums / sums[-1]).float().unbind(), strict=True))
+    largest = dict(zip(_SUMS, sums.float().unbind(), strict=True))
+    names = [
+        "clip_ratio/low_mean",
+        "clip_ratio/high_mean",
+        "ratio_mean",
+        "logp_difference_mean",
+        *(["clip_ratio/delta_mean"] if recipe.delta is not None else []),
+        *(["kl"] if batch.ref_logprob is not None else []),
+        *(["entropy"] if entropy is not None else []),
+    ]
+    return {
+        **{name: means[name] for name in names},
+        **{name: largest[name] for name in ("ratio_max", "logp_difference_max")},
+        "clip_ratio/region_mean": means["clip_ratio/low_mean"] + means["clip_ratio/high_mean"],
+    }
+
+
+def _plain(values: Tensor) -> Tensor:
+    return values.detach().float().contiguous()
+
+
+def _optional(values: Tensor | None) -> Tensor | None:
+    return None if values is None else _plain(values)
+
+
+def _flags(mask: Tensor) -> Tensor:
+    return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
