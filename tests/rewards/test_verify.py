@@ -174,7 +174,6 @@ DIFFERENT = [
 UNDECIDED = [
     ("52", "52_8", "base"),
     (r"\sqrt{x^2}", "x", "positive"),
-    (r"\int_0^1 x dx", "1/2", "unknown command"),
     ("2", r"\log 100", "base"),
     ("1/0", "5", "undefined"),
     ("60 minutes", "1 hour", "units"),
@@ -182,8 +181,6 @@ UNDECIDED = [
     (r"\infty-\infty", "0", "infinity"),
     ("5", "", "empty"),
     ("5", r"\foo{5}", "unreadable reference"),
-    ("x y = 1", "y = 1/x", "equations"),
-    ("-x > -1", "x < 1", "relation"),
 ]
 
 

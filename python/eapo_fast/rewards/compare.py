@@ -42,6 +42,11 @@ _ARTICLES = re.compile(r"\b(?:the|a|an)\b")
 def compare(a: Node, b: Node, arena: Arena) -> Outcome:
     """Compare two answers, whatever their kind; symmetric in its two trees."""
     a, b = _plain(a), _plain(b)
+    outcome = _compare(a, b, arena)
+    return arena.further(a, b, outcome) if outcome.open else outcome
+
+
+def _compare(a: Node, b: Node, arena: Arena) -> Outcome:
     if a == b:
         return Outcome(True, "the same expression")
     named = isinstance(a, Relation), isinstance(b, Relation)
@@ -180,7 +185,7 @@ def _compare_relation_with_value(a: Node, b: Node, arena: Arena) -> Outcome:
     relation, value = (a, b) if isinstance(a, Relation) else (b, a)
     assert isinstance(relation, Relation)
     if isinstance(value, (Bracketed, Union, SetOf, Listing)):
-        return Outcome(None, "a relation against a set")
+        return Outcome(None, "a relation against a set", open=True)
     sides = [compare(side, value, arena) for side in relation.sides]
     if all(side.equal is False for side in sides):
         return Outcome(False, "a relation against a value that is none of its sides")
@@ -196,7 +201,7 @@ def _compare_relations(a: Node, b: Node, arena: Arena) -> Outcome:
         if same_name or isinstance(b.sides[0], (Text, Product)):
             return compare(left, right, arena)
     if len(a.sides) != 2 or len(b.sides) != 2:
-        return Outcome(None, "chains of relations")
+        return Outcome(None, "chains of relations", open=True)
     return _compare_equations(a, b, arena)
 
 
@@ -261,7 +266,7 @@ def _compare_collections(a: Node, b: Node, arena: Arena) -> Outcome:
         if not isinstance(node, COLLECTIONS)
         for part in walk(node)
     ):
-        return Outcome(None, "arithmetic with collections")
+        return Outcome(None, "arithmetic with collections", open=True)
     if pair is None:
         return Outcome(False, f"{_kind(a)} against {_kind(b)}")
     kind, left, right = pair

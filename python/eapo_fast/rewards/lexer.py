@@ -32,7 +32,8 @@ def _names(words: str) -> frozenset[str]:
 END = Token("end", "", False)
 
 FUNCTIONS = _names(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt abs"
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt abs "
+    "max min gcd lcm det"
 )
 _GREEK = _names(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
@@ -51,11 +52,12 @@ _MARKS = {
     "%": "%", "{": "\\{", "}": "\\}", "lbrace": "\\{", "rbrace": "\\}", "langle": "(",
     "rangle": ")", "lvert": "|", "rvert": "|", "vert": "|", "colon": ":", "approx": "approx",
     "\\": "\\\\", "_": "_", "land": "and", "lor": "or", "lbrack": "[", "rbrack": "]",
+    "to": "to", "rightarrow": "to",
 }  # fmt: skip
 _COMMANDS = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "infty": "inf", "infinity": "inf",
     "oo": "inf", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "varnothing": "emptyset",
-    "tg": "tan", "ctg": "cot", "cosec": "csc", "log": "log",
+    "tg": "tan", "ctg": "cot", "cosec": "csc", "dbinom": "binom", "tbinom": "binom",
 }  # fmt: skip
 _WORD_COMMANDS = (
     FUNCTIONS | _GREEK | {"pi", "inf", "infty", "infinity", "oo", "asin", "acos", "atan"}

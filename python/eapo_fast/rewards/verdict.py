@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, TypeAlias
 
 from eapo_fast.rewards.compare import compare
 from eapo_fast.rewards.extract import extract_answer, extract_gold
 from eapo_fast.rewards.grammar import parse
 from eapo_fast.rewards.lexer import clean, has_ambiguous_commas
-from eapo_fast.rewards.limits import Meter
 from eapo_fast.rewards.scalars import Arena, Outcome
+from eapo_fast.rewards.symbolic import WorkerFailure, shared_pool
 from eapo_fast.rewards.tree import Node, Unreadable
 
+SymbolicMethod: TypeAlias = Callable[[Node, Node, Arena], Outcome]
 Status = Literal["correct", "incorrect", "undecided"]
 _SPACES = re.compile(r"\s+")
 
@@ -69,24 +72,60 @@ def readable(answer: str) -> str | None:
     return None
 
 
-def _judge(answer: str | None, reference: str | None) -> Outcome:
-    if reference is None:
-        return Outcome(None, "the reference answer is empty")
-    if answer is None:
-        return Outcome(False, "no answer found")
+def compare_texts(answer: str, reference: str, symbolic: SymbolicMethod | None = None) -> Outcome:
+    """Compare two extracted answers.
+
+    Args:
+        answer: The prediction's answer.
+        reference: The gold answer.
+        symbolic: Computer algebra for what the other methods leave open. Without it, an outcome
+            that it might decide is `open`.
+    """
     try:
-        texts = [_SPACES.sub(" ", clean(text)) for text in (answer, reference)]
+        texts = _spaced(answer), _spaced(reference)
     except Unreadable as reason:
         return Outcome(None, f"unreadable: {reason}")
     if texts[0] == texts[1]:
         return Outcome(True, "the same text")
     trees = []
-    for side, text in zip(("prediction", "reference"), (answer, reference), strict=True):
+    for side, text in (("prediction", answer), ("reference", reference)):
         try:
             trees.append(_readings(text))
         except Unreadable as reason:
             return Outcome(None, f"unreadable {side}: {reason}")
-    return _compare_readings(trees[0], trees[1], "\0".join(sorted(texts)))
+    arena = Arena("\0".join(sorted(texts)), symbolic=symbolic)
+    outcome = _compare_readings(trees[0], trees[1], arena)
+    return outcome._replace(open=outcome.equal is None and arena.open)
+
+
+def _judge(answer: str | None, reference: str | None) -> Outcome:
+    if reference is None:
+        return Outcome(None, "the reference answer is empty")
+    if answer is None:
+        return Outcome(False, "no answer found")
+    outcome = _compare_cached(answer, reference)
+    if not outcome.open:
+        return outcome
+    try:
+        return _compare_symbolically(answer, reference)
+    except WorkerFailure as reason:
+        return Outcome(None, f"{outcome.reason}; {reason}")
+
+
+@lru_cache(maxsize=8192)
+def _compare_cached(answer: str, reference: str) -> Outcome:
+    return compare_texts(answer, reference)
+
+
+@lru_cache(maxsize=4096)
+def _compare_symbolically(answer: str, reference: str) -> Outcome:
+    """Ask a worker; its failure raises, so it is not remembered."""
+    reply = shared_pool().run({"prediction": answer, "reference": reference})
+    return Outcome(reply["equal"], reply["reason"])
+
+
+def _spaced(text: str) -> str:
+    return _SPACES.sub(" ", clean(text))
 
 
 def _readings(text: str) -> list[Node]:
@@ -98,8 +137,7 @@ def _readings(text: str) -> list[Node]:
     return readings
 
 
-def _compare_readings(left: list[Node], right: list[Node], key: str) -> Outcome:
-    arena = Arena(key, Meter())
+def _compare_readings(left: list[Node], right: list[Node], arena: Arena) -> Outcome:
     first: Outcome | None = None
     try:
         for a in left:

@@ -1,0 +1,112 @@
+"""What a worker process does: lock itself down, answer one request, end."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import socket
+import sys
+from types import FrameType
+from typing import Any
+
+from eapo_fast.rewards import verdict
+from eapo_fast.rewards.limits import MAX_CALLS
+from eapo_fast.rewards.scalars import Outcome
+from eapo_fast.rewards.symbolic.decide import compare_symbolically
+
+_CPU_SECONDS = 10
+_MEMORY = 1 << 30
+_REQUEST_BYTES = 1 << 16
+_WARM_UP = (
+    (r"\int_0^\pi x^2\sin x dx", r"\pi^2-4"),
+    (r"\int_0^\infty \frac{1}{1+x^2} dx", r"\frac{\pi}{2}"),
+    (r"\sum_{k=1}^{n} k^2", r"\frac{n(n+1)(2n+1)}{6}"),
+    (r"\lim_{x\to 0} \frac{\sin x}{x}", "1"),
+    (r"1 \le |z| \le 2", r"z \in [-2,-1] \cup [1,2]"),
+    ("xy=1", "y=1/x"),
+    (r"\begin{pmatrix}1&0\\0&1\end{pmatrix}+\begin{pmatrix}1&0\\0&1\end{pmatrix}", "2"),
+    (r"\sqrt{5+2\sqrt 6}+\int_0^1 x dx", r"\sqrt 2+\sqrt 3+1/2"),
+)
+
+
+class OverLimit(BaseException):
+    """The step budget of a check is used up; no `except Exception` of a library may swallow it."""
+
+
+def warm_up() -> None:
+    """Import what comparisons need, late imports of sympy included, and fill its caches."""
+    for prediction, reference in _WARM_UP:
+        decide(prediction, reference)
+    gc.collect()
+    gc.freeze()  # a collection in a worker would copy every page that it shares with the template
+
+
+def decide(prediction: str, reference: str) -> Outcome:
+    """Compare two answers with computer algebra where the other tiers do not decide."""
+    return verdict.compare_texts(prediction, reference, compare_symbolically)
+
+
+def serve_once(descriptor: int) -> None:
+    """Say hello, read one request, answer it."""
+    channel = socket.socket(fileno=descriptor)
+    lock_down()
+    channel.sendall(_line({"pid": os.getpid()}))
+    request = b""
+    while not request.endswith(b"\n"):
+        part = channel.recv(_REQUEST_BYTES)
+        if not part:
+            return
+        request += part
+    channel.sendall(_line(answer(json.loads(request))))
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the reply to one request: `equal` (true, false or null) and `reason`."""
+    left = [MAX_CALLS]
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OverLimit
+
+    sys.settrace(count)
+    try:
+        outcome = decide(request["prediction"], request["reference"])
+    except OverLimit:
+        outcome = Outcome(None, "symbolic work exceeds its step limit")
+    except (MemoryError, RecursionError) as error:
+        outcome = Outcome(None, f"symbolic work exceeds its limits ({type(error).__name__})")
+    finally:
+        sys.settrace(None)
+    return {"equal": outcome.equal, "reason": outcome.reason}
+
+
+def lock_down() -> None:
+    """Give up, for good, what a comparison has no use for.
+
+    No file or connection can be opened, nothing written to disk, no source text compiled; memory
+    and CPU time are bounded by the kernel.
+    """
+    for limit, value in (
+        (resource.RLIMIT_NOFILE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CPU, _CPU_SECONDS),
+        (resource.RLIMIT_AS, _MEMORY),
+    ):
+        resource.setrlimit(limit, (value, value))
+    sys.addaudithook(_refuse)
+
+
+_REFUSED = ("compile", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen")
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in _REFUSED:
+        raise PermissionError(f"{event} is not allowed in a symbolic worker")
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
