@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 from eapo_fast.rewards.primaries import STARTS, Primaries, product_of
 from eapo_fast.rewards.tree import (
     Call,

@@ -29,11 +29,11 @@ from eapo_fast.rewards.tree import (
     Symbol,
     Unreadable,
 )
-from eapo_fast.rewards.values import Inexact, Undefined, exact, literal_bits
+from eapo_fast.rewards.values import Inexact, NoMethod, Undefined, exact, literal_bits
 
 _PRECISIONS = (128, 512, 2048, MAX_PRECISION)
 _GUARD_BITS = 200
-"""Bits to which values agree, beyond literals and magnitudes, where no separation bound is known."""
+"""Bits of agreement, beyond literals and magnitudes, where no separation bound is known."""
 _TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
 _PLAIN = _TRIGONOMETRIC | {"sqrt", "exp", "sinh", "cosh", "tanh"}
 _ACB_NAMES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "ln": "log"}
@@ -202,7 +202,7 @@ class _Balls:
             return self.flint.acb(getattr(value.real, name)())
         if name in _PLAIN or name in _ACB_NAMES:
             return getattr(value, _ACB_NAMES.get(name, name))()
-        raise Unreadable(f"{name} of this has no value")
+        raise NoMethod(f"{name} of this has no value")
 
     def _root(self, radicand: Any, degree: Fraction | None) -> Any:
         if degree is None or degree == 0:

@@ -18,6 +18,7 @@ class Cursor:
         self.index = 0
         self.depth = 0
         self.bars = 0
+        self.integrals = 0
 
     @property
     def token(self) -> Token:

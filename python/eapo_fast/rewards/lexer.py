@@ -42,8 +42,8 @@ _GREEK = _names(
 )
 _DROPPED = _names(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
-    "textstyle scriptstyle limits quad qquad boxed fbox thinspace hfill nonumber , ; : ! ( ) [ ] $ "
-    "> - / &"
+    "textstyle scriptstyle limits angle triangle quad qquad boxed fbox thinspace hfill nonumber "
+    ", ; : ! ( ) [ ] $ > - / &"
 ) | {" ", "\n", "\t"}
 _MARKS = {
     "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=",
@@ -66,6 +66,7 @@ _TEXTS = _names(
     "text textnormal textbf textit textrm textsf texttt mbox hbox mathrm mathbf mathit mathsf emph "
     "operatorname boldsymbol bm"
 )
+_LETTER_STYLES = _names("mathrm mathbf mathit boldsymbol bm")
 _UNICODE = str.maketrans(
     {
         "\u2212": "-", "\u2013": "-", "\u2014": "-", "\u2010": "-", "\u00d7": "*", "\u00b7": "*",
@@ -93,6 +94,8 @@ _WORD = re.compile(r"[A-Za-z]+")
 _COMMAND = re.compile(r"\\([A-Za-z]+|[\s\S])\*?")
 _MARK = re.compile(r"\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{}|,;:!%&]")
 _ARITHMETIC = re.compile(r"[\s\d.,+\-*/()^%$]*\d[\s\d.,+\-*/()^%$]*")
+_ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z{}])")
+_DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))\s*(?:\\?%)?\s*\$?\s*")
 _AMBIGUOUS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
 
@@ -115,12 +118,23 @@ def clean(text: str) -> str:
                 text = text[2:-2]
     if not text:
         raise Unreadable("empty")
+    if "\\\\" in text and "\\begin" not in text:
+        text = _ESCAPED_TWICE.sub(r"\\", text)
     return text
 
 
 def has_ambiguous_commas(text: str) -> bool:
     """Tell whether `1,234` occurs, which may be one number or a list of two."""
     return _AMBIGUOUS.search(text) is not None
+
+
+def with_decimal_point(text: str) -> str | None:
+    """Return `3,14` as `3.14` if the whole answer is such a number, else None.
+
+    Three digits behind the comma are thousands (unless a 0 stands before it), and one digit is
+    more often the second element of a list.
+    """
+    return text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else None
 
 
 def tokenize(text: str, *, thousands: bool = True) -> list[Token]:
@@ -200,6 +214,9 @@ class _Lexer:
         if found is None:
             raise Unreadable("ends in a backslash")
         name, self.position = found.group(1), found.end()
+        if name.startswith(("quad", "qquad")):  # \\quadx is a slip for \\quad x
+            self.position = found.start(1) + name.index("quad") + len("quad")
+            name = "quad"
         if name in _TEXTS:
             self.literal(name, self.group())
         elif name == "mathbb":
@@ -242,7 +259,7 @@ class _Lexer:
             self.text = f"{self.text[: self.position]} {stripped} {self.text[self.position :]}"
             if len(self.text) > 3 * MAX_CHARACTERS:
                 raise Unreadable("nested text commands")
-        elif name in ("mathbf", "mathit", "boldsymbol", "bm") and len(stripped) == 1:
+        elif name in _LETTER_STYLES and len(stripped) == 1 and stripped.isalpha():
             self.add("symbol", stripped)
         elif stripped in FUNCTIONS:
             self.named(stripped)

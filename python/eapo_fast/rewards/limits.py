@@ -23,9 +23,9 @@ MAX_ITEMS = 128
 MAX_STEPS = 40_000
 """Steps of one verdict: one step is about a microsecond of arithmetic on small numbers."""
 
-MAX_CALLS = 400_000
-"""Python calls of one symbolic check, about a quarter of a second."""
-WORK_SECONDS = 0.65
+MAX_CALLS = 300_000
+"""Python calls of one symbolic check, about a fifth of a second."""
+WORK_SECONDS = 0.5
 """Wall time of one symbolic check, the backstop for work that its calls do not measure."""
 
 

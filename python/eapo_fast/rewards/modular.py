@@ -1,8 +1,9 @@
 """Identity of rational functions, by evaluation modulo a random prime at a random point.
 
 Prime and point are drawn from a hash of both answers, so no answer can be made for them. `pi` and
-`e` are transcendental and act as variables. Unequal values prove different functions; equal values
-of different functions of degree d, or of integers with b bits, have a chance below `(d + b) / 2^110`.
+`e` are transcendental and act as variables. Unequal values prove different functions; that equal
+values hide different functions of degree d, or integers of b bits, has a chance below
+`(d + b) / 2^110`.
 """
 
 from __future__ import annotations
@@ -132,7 +133,9 @@ def draw_field(key: str) -> Field:
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=_PRIME_BITS // 8).digest()
+    return hashlib.blake2b(
+        text.encode(errors="surrogatepass"), digest_size=(_PRIME_BITS + 7) // 8
+    ).digest()
 
 
 def _checked(degree: int) -> int:

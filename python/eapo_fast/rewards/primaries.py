@@ -37,7 +37,9 @@ from eapo_fast.rewards.tree import (
 STARTS = frozenset(("(", "[", "{", "\\{"))
 """Marks that open a bracket."""
 _CLOSING = {"(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",), "{": ("}",)}
-_MATRICES = frozenset(("matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "smallmatrix", "array"))
+_MATRICES = frozenset(
+    ("matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "smallmatrix", "array")
+)
 _OPERATORS = frozenset(("sum", "prod", "int", "lim"))
 _ROUNDINGS = {"lfloor": ("floor", "rfloor"), "lceil": ("ceil", "rceil")}
 _HALF = Number(Fraction(1, 2))
@@ -127,7 +129,7 @@ class Primaries(Cursor, ABC):
         if not self.accept("{"):
             return self.advance().text
         parts = []
-        while self.token.kind in ("number", "symbol", "word", "text"):
+        while self.token.kind in ("number", "symbol", "word", "text") or self.at("+", "-", ","):
             parts.append(self.advance().text)
         self.expect("}")
         return "".join(parts)
@@ -230,12 +232,20 @@ class Primaries(Cursor, ABC):
             return self.marks(self.primary())
         negative = self.accept("-")
         factors = [self.power()]
-        while self.factor_follows() and self.token.text not in FUNCTIONS:
+        while self.factor_follows() and not self.argument_ends():
             factors.append(self.power())
         argument = product_of(factors)
         if Constant("pi") in factors and self.accept("/"):
             argument = Quotient(argument, self.power())
         return negated(argument) if negative else argument
+
+    def argument_ends(self) -> bool:
+        """Tell whether the next token is a function or, in an integral, the differential."""
+        kind, text, _ = self.token
+        if kind == "command" and text in FUNCTIONS:
+            return True
+        word = kind == "word" and len(text) == 2 and text[0] == "d"
+        return self.integrals > 0 and (word or (text == "d" and self.peek().kind == "symbol"))
 
     def matrix(self, name: str) -> Node:
         """Read the rows of a matrix environment."""
@@ -296,7 +306,9 @@ class Primaries(Cursor, ABC):
 
     def integral(self, bounds: tuple[Node, ...]) -> Node:
         """Read an integrand up to its differential; what is added behind it is added."""
+        self.integrals += 1
         content = self.sum()
+        self.integrals -= 1
         terms = list(content.terms) if isinstance(content, Sum) else [content]
         for index, term in enumerate(terms):
             found = _differential(term)

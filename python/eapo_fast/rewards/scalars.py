@@ -27,7 +27,7 @@ from eapo_fast.rewards.tree import (
     symbols,
     walk,
 )
-from eapo_fast.rewards.values import Gaussian, Inexact, TooLarge, Undefined, exact
+from eapo_fast.rewards.values import Gaussian, Inexact, NoMethod, TooLarge, Undefined, exact
 
 TRIALS = 4
 """Points at which two expressions with roots or functions of variables must agree."""
@@ -107,7 +107,10 @@ def compare_scalars(a: Node, b: Node, arena: Arena) -> Outcome:
         return Outcome(None, "this needs computer algebra", open=True)
     if Constant("inf") in parts:
         return Outcome(None, "arithmetic with infinity")
-    outcome = _percent_outcome(a, b, arena) or _agree(a, b, arena)
+    try:
+        outcome = _percent_outcome(a, b, arena) or _agree(a, b, arena)
+    except NoMethod as reason:
+        return Outcome(None, str(reason), open=True)
     if outcome.equal is False and _has_bare_log(a) != _has_bare_log(b):
         return Outcome(None, "a logarithm without a base")
     return outcome

@@ -34,6 +34,10 @@ class Undefined(Exception):
     """An expression has no value here (a division by zero, the logarithm of zero)."""
 
 
+class NoMethod(Unreadable):
+    """An operation that these methods do not know, so computer algebra may help."""
+
+
 class TooLarge(Unreadable):
     """A value has more digits than are computed exactly."""
 

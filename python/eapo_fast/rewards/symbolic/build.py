@@ -128,10 +128,8 @@ class Builder:
 
     def _operator(self, node: Operator) -> Any:
         bounds = [self.build(bound) for bound in node.bounds]
-        if node.name in ("sum", "prod"):
-            variable = sp.Dummy(node.variable, integer=True)
-        else:
-            variable = self.symbol(node.variable) if not bounds else sp.Dummy(node.variable, real=True)
+        kind = {"integer": True} if node.name in ("sum", "prod") else {"real": True}
+        variable = sp.Symbol(f"{node.variable} bound", **kind)
         outer, self.bound = self.bound, {**self.bound, node.variable: variable}
         body = self.build(node.body)
         self.bound = outer

@@ -129,9 +129,7 @@ def _as_set(node: Node, builder: Builder) -> Any:
             return _as_set(sides[1], builder)
         case Relation(sides, operators):
             values = [builder.build(side) for side in sides]
-            pairs = [
-                _RELATIONS[name](values[i], values[i + 1]) for i, name in enumerate(operators)
-            ]
+            pairs = [_RELATIONS[name](values[i], values[i + 1]) for i, name in enumerate(operators)]
             return sp.And(*pairs).as_set()
         case Bracketed(opening, closing, (lower, upper)):
             ends = builder.build(lower), builder.build(upper)
@@ -178,5 +176,5 @@ def _zeros(top: Any, bottom: Any, variables: list[Any]) -> Any:
         common = sp.groebner([polynomial, sp.Poly(bottom, *variables)], *variables)
         if common.exprs != [1]:
             raise NotBuilt("an equation with a pole")
-    content = math.prod([factor for factor, _ in polynomial.sqf_list()[1]], start=sp.Poly(1, *variables))
-    return content.monic()
+    factors = [factor for factor, _ in polynomial.sqf_list()[1]]
+    return math.prod(factors, start=sp.Poly(1, *variables)).monic()
