@@ -42,7 +42,7 @@ class _Template:
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", _TEMPLATE],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={

@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import socket
-import sys
 
 from eapo_fast.rewards.symbolic import work
 
@@ -30,12 +29,12 @@ def main() -> None:
     channels: list[int] = []
     pending = b""
     while True:
-        readable, _, _ = select.select([control, wake_reader], [], [])
+        readable, _, _ = select.select([control.fileno(), wake_reader], [], [])
         if wake_reader in readable:
             with contextlib.suppress(BlockingIOError):
                 os.read(wake_reader, 4096)
             _reap(children)
-        if control in readable:
+        if control.fileno() in readable:
             data, attached, _, _ = socket.recv_fds(control, 4096, 64)
             if not data:
                 break
@@ -77,4 +76,4 @@ def _reap(children: set[int]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
