@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from eapo_fast.rewards.cursor import nested
 from eapo_fast.rewards.primaries import STARTS, Primaries, product_of
 from eapo_fast.rewards.tree import (
     Call,
@@ -25,13 +26,13 @@ _NO_FACTORS = frozenset(("setminus", "rfloor", "rceil"))
 class Arithmetic(Primaries):
     """Reads values; brackets hold whole answers, which a subclass reads."""
 
+    @nested
     def sum(self) -> Node:
         """Read added terms."""
-        with self.nested():
-            terms = [self.product()]
-            while sign := self.accept("+", "-", "+-", "-+"):
-                term = self.product()
-                terms.append(term if sign == "+" else _apply_sign(sign, term))
+        terms = [self.product()]
+        while sign := self.accept("+", "-", "+-", "-+"):
+            term = self.product()
+            terms.append(term if sign == "+" else _apply_sign(sign, term))
         return terms[0] if len(terms) == 1 else Sum(tuple(terms))
 
     def product(self) -> Node:
@@ -94,16 +95,16 @@ class Arithmetic(Primaries):
             return text in STARTS or (text == "|" and not self.bars)
         return kind in ("number", "command", "begin") and text not in _NO_FACTORS
 
+    @nested
     def power(self) -> Node:
         """Read a primary with its marks and exponent."""
-        with self.nested():
-            node = self.marks(self.primary())
-            if not self.at("^"):
-                return node
-            self.advance()
-            if self.degree_mark():
-                return Quantity(node, "degree")
-            return self.marks(Power(node, self.exponent()))
+        node = self.marks(self.primary())
+        if not self.at("^"):
+            return node
+        self.advance()
+        if self.degree_mark():
+            return Quantity(node, "degree")
+        return self.marks(Power(node, self.exponent()))
 
     def degree_mark(self) -> bool:
         """Take `\\circ` or `{\\circ}` behind a caret."""
@@ -121,10 +122,10 @@ class Arithmetic(Primaries):
         self.accept("+")
         return self.exponent_body()
 
+    @nested
     def exponent_body(self) -> Node:
-        with self.nested():
-            body = self.primary()
-            return Power(body, self.exponent()) if self.accept("^") else body
+        body = self.primary()
+        return Power(body, self.exponent()) if self.accept("^") else body
 
     def marks(self, node: Node) -> Node:
         """Read factorials, percent and degree marks (at most two)."""

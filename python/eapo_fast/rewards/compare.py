@@ -39,6 +39,8 @@ _ARTICLES = re.compile(r"\b(?:the|a|an)\b")
 
 def compare(a: Node, b: Node, arena: Arena) -> Outcome:
     """Compare two answers, whatever their kind; symmetric in its two trees."""
+    if isinstance(a, Number) and isinstance(b, Number):
+        return compare_scalars(a, b, arena)
     a, b = plain(a), plain(b)
     outcome = _compare(a, b, arena)
     return arena.further(a, b, outcome) if outcome.open else outcome

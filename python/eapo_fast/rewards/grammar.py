@@ -15,6 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from eapo_fast.rewards.arithmetic import Arithmetic
+from eapo_fast.rewards.cursor import nested
 from eapo_fast.rewards.lexer import clean, tokenize
 from eapo_fast.rewards.limits import MAX_ITEMS
 from eapo_fast.rewards.tree import (
@@ -99,13 +100,13 @@ class Parser(Arithmetic):
         items = tuple(item for group in groups for item in group)
         return items[0] if len(items) == 1 else Listing(items, joined)
 
+    @nested
     def item(self) -> Node:
         """Read a chain of relations; a chain of one side is that side."""
-        with self.nested():
-            sides, operators = [self.union()], []
-            while self.token.kind == "mark" and self.token.text in _RELATIONS:
-                operators.append(self.advance().text)
-                sides.append(self.union())
+        sides, operators = [self.union()], []
+        while self.token.kind == "mark" and self.token.text in _RELATIONS:
+            operators.append(self.advance().text)
+            sides.append(self.union())
         return Relation(tuple(sides), tuple(operators)) if operators else sides[0]
 
     def union(self) -> Node:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from fractions import Fraction
 
-from eapo_fast.rewards.cursor import Cursor
+from eapo_fast.rewards.cursor import Cursor, nested
 from eapo_fast.rewards.lexer import FUNCTIONS, Token
 from eapo_fast.rewards.limits import MAX_DIGITS
 from eapo_fast.rewards.tree import (
@@ -47,11 +47,17 @@ _HALF = Number(Fraction(1, 2))
 
 def literal(digits: str) -> Fraction:
     """Return the exact value of an unsigned decimal literal; raises `Unreadable` if huge."""
-    mantissa, _, exponent = digits.lower().partition("e")
-    whole, _, part = mantissa.partition(".")
-    if len(whole) + len(part) > MAX_DIGITS or abs(int(exponent or 0)) > MAX_DIGITS:
+    if len(digits) > MAX_DIGITS:
         raise Unreadable(f"a literal of more than {MAX_DIGITS} digits")
-    return Fraction(int(f"{whole}{part}" or "0")) * Fraction(10) ** (int(exponent or 0) - len(part))
+    if digits.isdigit():
+        return Fraction(int(digits))
+    mantissa, _, power = digits.lower().partition("e")
+    whole, _, part = mantissa.partition(".")
+    exponent = int(power or 0) - len(part)
+    if abs(exponent) > MAX_DIGITS:
+        raise Unreadable(f"a literal of more than {MAX_DIGITS} digits")
+    value = int(f"{whole}{part}" or "0")
+    return Fraction(value * 10**exponent) if exponent >= 0 else Fraction(value, 10**-exponent)
 
 
 class Primaries(Cursor, ABC):
@@ -140,15 +146,15 @@ class Primaries(Cursor, ABC):
             return Symbol(f"{name}_{self.subscript()}")
         return named_letter(name)
 
+    @nested
     def bracket(self, opening: str) -> Node:
         """Read what a bracket encloses: a group, tuple, interval or set."""
-        with self.nested():
-            bars, self.bars = self.bars, 0
-            if opening == "\\{" and self.accept("\\}"):
-                return SetOf(())
-            content = self.listing()
-            self.bars = bars
-            closing = self.expect(*_CLOSING[opening])
+        bars, self.bars = self.bars, 0
+        if opening == "\\{" and self.accept("\\}"):
+            return SetOf(())
+        content = self.listing()
+        self.bars = bars
+        closing = self.expect(*_CLOSING[opening])
         items = content.items if isinstance(content, Listing) else (content,)
         if opening == "\\{":
             return SetOf(items)
@@ -156,31 +162,31 @@ class Primaries(Cursor, ABC):
             return content
         return SetOf(items) if opening == "{" else Bracketed(opening, closing, items)
 
+    @nested
     def absolute(self) -> Node:
         """Read up to the closing bar."""
-        with self.nested():
-            self.bars += 1
-            content = self.sum()
-            self.expect("|")
-            self.bars -= 1
+        self.bars += 1
+        content = self.sum()
+        self.expect("|")
+        self.bars -= 1
         return Call("abs", (content,))
 
+    @nested
     def command(self, name: str) -> Node:
         """Read a LaTeX command or a named function."""
-        with self.nested():
-            if name in ("frac", "binom"):
-                pair = self.argument(), self.argument()
-                return Quotient(*pair) if name == "frac" else Call("binom", pair)
-            if name == "surd":
-                return Power(self.primary(), _HALF)
-            if name == "sqrt":
-                return self.root()
-            if name in FUNCTIONS:
-                return self.function(name)
-            if name in _OPERATORS:
-                return self.operator(name)
-            if name in _ROUNDINGS:
-                return self.rounding(*_ROUNDINGS[name])
+        if name in ("frac", "binom"):
+            pair = self.argument(), self.argument()
+            return Quotient(*pair) if name == "frac" else Call("binom", pair)
+        if name == "surd":
+            return Power(self.primary(), _HALF)
+        if name == "sqrt":
+            return self.root()
+        if name in FUNCTIONS:
+            return self.function(name)
+        if name in _OPERATORS:
+            return self.operator(name)
+        if name in _ROUNDINGS:
+            return self.rounding(*_ROUNDINGS[name])
         if name in ("pi", "inf"):
             return Constant(name)
         if name == "emptyset":
@@ -247,6 +253,7 @@ class Primaries(Cursor, ABC):
         word = kind == "word" and len(text) == 2 and text[0] == "d"
         return self.integrals > 0 and (word or (text == "d" and self.peek().kind == "symbol"))
 
+    @nested
     def matrix(self, name: str) -> Node:
         """Read the rows of a matrix environment."""
         if name not in _MATRICES:
@@ -256,11 +263,10 @@ class Primaries(Cursor, ABC):
                 if self.advance().kind == "end":
                     raise Unreadable("unbalanced braces")
         rows: list[tuple[Node, ...]] = []
-        with self.nested():
-            while self.token.kind != "end":
-                rows.append(self.chain(self.sum, "&"))
-                if not self.accept("\\\\") or self.token.kind == "close":
-                    break
+        while self.token.kind != "end":
+            rows.append(self.chain(self.sum, "&"))
+            if not self.accept("\\\\") or self.token.kind == "close":
+                break
         if self.advance()[:2] != ("close", name):
             raise Unreadable(f"{name} is not closed")
         if len({len(row) for row in rows}) != 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from eapo_fast.rewards.tree import (
     INFINITY,
+    LEAVES,
     Bracketed,
     Call,
     Listing,
@@ -46,7 +47,7 @@ def plain(node: Node) -> Node:
 
 
 def _spread(node: Node) -> list[Node]:
-    if not any(isinstance(part, Signed) for part in walk(node)):
+    if isinstance(node, LEAVES) or not any(isinstance(part, Signed) for part in walk(node)):
         return [node]
     return [_with_sign(node, 1), _with_sign(node, -1)]
 

@@ -212,6 +212,9 @@ Node: TypeAlias = (
 COLLECTIONS = (Bracketed, Listing, SetOf, Matrix, Union, Ratio, Relation)
 """Nodes that are not a single value."""
 
+LEAVES = (Number, Numeral, Symbol, Constant, Text)
+"""Nodes without parts."""
+
 INFINITY = Constant("inf")
 MINUS_ONE = Number(Fraction(-1))
 

@@ -19,6 +19,8 @@ from eapo_fast.rewards.tree import Listing, Node, Unreadable
 SymbolicMethod: TypeAlias = Callable[[Node, Node, Arena], Outcome]
 Status = Literal["correct", "incorrect", "undecided"]
 _SPACES = re.compile(r"\s+")
+_DECIMAL = re.compile(r"([-+]?)([0-9]+)(?:\.([0-9]*))?")
+_SHORT_NUMBER = 100
 _LIST = re.compile(r",|;|\b(?:and|or)\b")
 
 
@@ -90,6 +92,10 @@ def compare_texts(answer: str, reference: str, symbolic: SymbolicMethod | None =
         return Outcome(None, f"unreadable: {reason}")
     if texts[0] == texts[1]:
         return Outcome(True, "the same text")
+    numbers = _plain_number(texts[0]), _plain_number(texts[1])
+    if None not in numbers:
+        same = numbers[0] == numbers[1]
+        return Outcome(same, "equal values" if same else "different values")
     trees = []
     for side, text in (("prediction", answer), ("reference", reference)):
         try:
@@ -144,6 +150,16 @@ def _compare_symbolically(answer: str, reference: str) -> Outcome:
     """Ask a worker; its failure raises, so it is not remembered."""
     reply = shared_pool().run({"prediction": answer, "reference": reference})
     return Outcome(reply["equal"], reply["reason"])
+
+
+def _plain_number(text: str) -> tuple[str, str, str] | None:
+    """Return sign, digits before and digits behind the point of a decimal, without idle zeros."""
+    found = _DECIMAL.fullmatch(text) if len(text) <= _SHORT_NUMBER else None
+    if found is None:
+        return None
+    sign, whole, part = found.groups()
+    whole, part = whole.lstrip("0"), (part or "").rstrip("0")
+    return "-" if sign == "-" and (whole or part) else "", whole, part
 
 
 def _spaced(text: str) -> str:
