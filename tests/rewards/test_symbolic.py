@@ -122,6 +122,7 @@ def template_of(pool: Pool) -> int:
     return pool._template.process.pid
 
 
+@pytest.mark.slow
 def test_a_thousand_requests_of_which_a_hundred_hang() -> None:
     before = set(descendants(os.getpid()))
     with FaultyPool(workers=4, work_seconds=0.25) as pool:

@@ -224,20 +224,19 @@ def _all(outcomes: object) -> Outcome:
 
 def _same_members(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> Outcome:
     """Match without order: every element must have an equal one on the other side."""
-    doubt: Outcome | None = None
-    unmatched = list(right)
-    for item in left:
-        outcomes = [compare(item, other, arena) for other in unmatched]
-        hit = next((i for i, outcome in enumerate(outcomes) if outcome.equal), None)
-        if hit is not None:
-            unmatched.pop(hit)
-            continue
-        doubt = doubt or next((o for o in outcomes if o.equal is None), None)
-        if doubt is None:
+    table = [[compare(item, other, arena) for other in right] for item in left]
+    columns = [[row[index] for row in table] for index in range(len(right))]
+    for line in (*table, *columns):
+        if all(outcome.equal is False for outcome in line):
             return Outcome(False, "an element has no equal")
-    if doubt is None and unmatched:
-        return Outcome(False, "an element has no equal")
-    return doubt or Outcome(True, "the same elements")
+    unmatched = set(range(len(right)))
+    for row in table:
+        hit = next((i for i in sorted(unmatched) if row[i].equal), None)
+        if hit is None:
+            doubts = [outcome for outcome in row if outcome.equal is None]
+            return doubts[0] if doubts else Outcome(False, "an element has too few equals")
+        unmatched.discard(hit)
+    return Outcome(not unmatched, "other elements" if unmatched else "the same elements")
 
 
 def _compare_ratios(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> Outcome:

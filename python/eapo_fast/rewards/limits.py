@@ -23,10 +23,12 @@ MAX_ITEMS = 128
 MAX_STEPS = 40_000
 """Steps of one verdict: one step is about a microsecond of arithmetic on small numbers."""
 
-MAX_CALLS = 300_000
-"""Python calls of one symbolic check, about a fifth of a second."""
-WORK_SECONDS = 0.5
-"""Wall time of one symbolic check, the backstop for work that its calls do not measure."""
+MAX_CALLS = 200_000
+"""Python calls of one symbolic check, about 0.15 seconds; this limit alone decides as a rule."""
+CPU_SECONDS = 0.3
+"""CPU time of one symbolic check, for work that its calls do not measure."""
+WALL_SECONDS = 2.0
+"""Wall time of one symbolic check, the backstop when its worker gets no CPU or stands still."""
 
 
 class Meter:

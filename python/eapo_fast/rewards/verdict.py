@@ -13,7 +13,7 @@ from eapo_fast.rewards.extract import boxes_of_last_line, extract_answer, extrac
 from eapo_fast.rewards.grammar import parse
 from eapo_fast.rewards.lexer import clean, has_ambiguous_commas, with_decimal_point
 from eapo_fast.rewards.scalars import Arena, Outcome
-from eapo_fast.rewards.symbolic import WorkerFailure, shared_pool
+from eapo_fast.rewards.symbolic import STOPPED, NoWorkers, WorkerFailure, shared_pool
 from eapo_fast.rewards.tree import Listing, Node, Unreadable
 
 SymbolicMethod: TypeAlias = Callable[[Node, Node, Arena], Outcome]
@@ -117,8 +117,10 @@ def _judge(answer: str | None, reference: str | None) -> Outcome:
         return outcome
     try:
         return _compare_symbolically(answer, reference)
-    except WorkerFailure as reason:
+    except NoWorkers as reason:
         return Outcome(None, f"{outcome.reason}; {reason}")
+    except WorkerFailure:
+        return Outcome(None, STOPPED)
 
 
 def _second_look(prediction: str, gold: str, reference: str | None, extract: str) -> Outcome | None:

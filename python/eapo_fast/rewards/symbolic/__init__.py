@@ -9,6 +9,9 @@ so nothing that one check did reaches another, and no verdict depends on those b
 
 from __future__ import annotations
 
-from eapo_fast.rewards.symbolic.pool import Pool, WorkerFailure, shared_pool
+from eapo_fast.rewards.symbolic.pool import NoWorkers, Pool, WorkerFailure, shared_pool
 
-__all__ = ["Pool", "WorkerFailure", "shared_pool"]
+__all__ = ["STOPPED", "NoWorkers", "Pool", "WorkerFailure", "shared_pool"]
+
+STOPPED = "computer algebra was stopped at its limits"
+"""The reason of an undecided verdict, whichever limit came first."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from eapo_fast.rewards.limits import WORK_SECONDS
+from eapo_fast.rewards.limits import WALL_SECONDS
 
 START_SECONDS = 60.0
 """Longest wait for a worker to report that it is ready."""
@@ -24,7 +24,11 @@ _REPLY_BYTES = 1 << 16
 
 
 class WorkerFailure(Exception):
-    """A worker was killed at its deadline, died or could not be started; the message says which."""
+    """A worker was killed at its deadline or died; the message says which."""
+
+
+class NoWorkers(WorkerFailure):
+    """No worker could be started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ class Pool:
             turn or for a worker does not count.
     """
 
-    def __init__(self, workers: int = 0, work_seconds: float = WORK_SECONDS) -> None:
+    def __init__(self, workers: int = 0, work_seconds: float = WALL_SECONDS) -> None:
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.work_seconds = work_seconds
         self._turn = threading.BoundedSemaphore(self.workers)
@@ -153,7 +157,7 @@ class Pool:
                     self._ordered.append(channel)
                 return self._ordered.pop(0)
         except OSError as error:
-            raise WorkerFailure(f"no symbolic worker could be started ({error})") from error
+            raise NoWorkers(f"no symbolic worker could be started ({error})") from error
 
     def _ask(self, worker: _Worker, payload: bytes) -> dict[str, Any]:
         try:
@@ -163,7 +167,9 @@ class Pool:
             self._kill(worker.pid)
             raise WorkerFailure("symbolic work exceeds its time limit") from None
         except (OSError, EOFError, ValueError) as error:
-            raise WorkerFailure(f"the symbolic worker died ({error})") from None
+            raise WorkerFailure(
+                f"the symbolic worker was ended by its CPU or memory limit or died ({error})"
+            ) from None
 
     def _kill(self, pid: int) -> None:
         with self._lock, contextlib.suppress(OSError):
@@ -181,9 +187,9 @@ def _ready(channel: socket.socket) -> int:
     try:
         return int(_read_line(channel, START_SECONDS)["pid"])
     except TimeoutError:
-        raise WorkerFailure("the symbolic worker does not start") from None
+        raise NoWorkers("the symbolic worker does not start") from None
     except (OSError, EOFError, ValueError) as error:
-        raise WorkerFailure(f"no symbolic worker could be started ({error})") from None
+        raise NoWorkers(f"no symbolic worker could be started ({error})") from None
 
 
 def _read_line(channel: socket.socket, seconds: float) -> dict[str, Any]:

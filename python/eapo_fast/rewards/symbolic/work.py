@@ -9,17 +9,18 @@ import json
 import os
 import re
 import resource
+import signal
 import socket
 import sys
 from types import FrameType
 from typing import Any
 
 from eapo_fast.rewards import verdict
-from eapo_fast.rewards.limits import MAX_CALLS
+from eapo_fast.rewards.limits import CPU_SECONDS, MAX_CALLS
 from eapo_fast.rewards.scalars import Outcome
+from eapo_fast.rewards.symbolic import STOPPED
 from eapo_fast.rewards.symbolic.decide import compare_symbolically
 
-_CPU_SECONDS = 10
 _MEMORY = 1 << 30
 _REQUEST_BYTES = 1 << 16
 _LATE_MODULES = (
@@ -94,10 +95,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     sys.settrace(count)
     try:
         outcome = decide(request["prediction"], request["reference"])
-    except OverLimit:
-        outcome = Outcome(None, "symbolic work exceeds its step limit")
-    except (MemoryError, RecursionError) as error:
-        outcome = Outcome(None, f"symbolic work exceeds its limits ({type(error).__name__})")
+    except (OverLimit, MemoryError, RecursionError):
+        outcome = Outcome(None, STOPPED)
     finally:
         sys.settrace(None)
     return {"equal": outcome.equal, "reason": outcome.reason}
@@ -113,10 +112,11 @@ def lock_down() -> None:
         (resource.RLIMIT_NOFILE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_CPU, _CPU_SECONDS),
         (resource.RLIMIT_AS, _MEMORY),
     ):
         resource.setrlimit(limit, (value, value))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     sys.addaudithook(_refuse)
 
 
