@@ -27,7 +27,7 @@ from typing import Any
 
 from eapo_fast.rewards import verdict, verify
 from eapo_fast.rewards.grammar import parse
-from eapo_fast.rewards.tree import COLLECTIONS, Call, Operator, Power, Symbol, Text, walk
+from eapo_fast.rewards.tree import Call, Operator, Power, Symbol, walk
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -92,7 +92,8 @@ def check(pairs: Sequence[Pair], moved: Sequence[Pair]) -> dict[str, int]:
     equal = [pair for pair in accepted if _same_answer(*pair)]
     assert own["correct"] == len(pairs), own
     assert len(accepted) == len(equal), accepted
-    return {"correct": own["correct"], "shifted": len(moved), **{f"shifted {k}": v for k, v in other.items()}}
+    counts = {f"shifted {status}": count for status, count in other.items()}
+    return {"correct": own["correct"], "shifted": len(moved), **counts}
 
 
 def _same_answer(text: str, gold: str) -> bool:
@@ -124,7 +125,7 @@ def peer() -> Callable[[str, str], bool] | None:
     logging.disable(logging.ERROR)
 
     def grade(text: str, gold: str) -> bool:
-        target = gold if "$" in gold or "boxed" in gold else f"${gold}$"
+        target = gold if gold.startswith("$") or "boxed" in gold else f"${gold}$"
         return bool(math_verify.verify(math_verify.parse(target), math_verify.parse(text)))
 
     return grade
@@ -208,10 +209,10 @@ def compare_with_peer(
         "test pairs": test_pairs(),
     }
     for name, pairs in sets.items():
-        differ = [found for pair in pairs[: options.peer_limit] if (found := disagreement(grade, *pair))]
+        tried = pairs[: options.peer_limit]
+        differ = [found for pair in tried if (found := disagreement(grade, *pair)) is not None]
         listed += [{"set": name, **found} for found in differ]
-        count = len(pairs[: options.peer_limit])
-        agreement[name] = f"{count - len(differ)} of {count}"
+        agreement[name] = f"{len(tried) - len(differ)} of {len(tried)}"
     lines = "".join(json.dumps(found, ensure_ascii=False) + "\n" for found in listed)
     (RESULTS / "verify_disagreements.jsonl").write_text(lines, encoding="utf-8")
     return {
@@ -240,7 +241,11 @@ def disagreement(grade: Callable[[str, str], bool], text: str, gold: str) -> dic
 
 def judge(mine: Any, theirs: bool) -> str:
     """Say what we make of a disagreement, by its class."""
-    return "to judge"
+    if mine.correct:
+        return "ours is right: the answers are equal, the peer misses a notation or takes another"
+    if mine.status == "incorrect":
+        return "ours is right: the peer rounds, or drops a base, a unit or upper case"
+    return "open: the text has two readings, which we say and the peer does not"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from eapo_fast.rewards import readable, verify
@@ -86,7 +86,11 @@ def check(a: str, b: str) -> None:
 @pytest.mark.slow
 def test_a_verdict_comes_and_does_not_depend_on_the_order() -> None:
     examples = settings(
-        max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=200,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
     )
     end, count = time.monotonic() + SECONDS, 0
     while time.monotonic() < end:

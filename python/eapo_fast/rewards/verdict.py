@@ -102,6 +102,8 @@ def compare_texts(answer: str, reference: str, symbolic: SymbolicMethod | None =
             trees.append(_readings(text))
         except Unreadable as reason:
             return Outcome(None, f"unreadable {side}: {reason}")
+    if texts[0] > texts[1]:  # so that the verdict is the same with the sides exchanged
+        trees.reverse()
     arena = Arena("\0".join(sorted(texts)), symbolic=symbolic)
     outcome = _compare_readings(trees[0], trees[1], arena)
     return outcome._replace(open=outcome.equal is None and arena.open)

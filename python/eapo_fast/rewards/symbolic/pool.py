@@ -31,6 +31,12 @@ class NoWorkers(WorkerFailure):
     """No worker could be started."""
 
 
+def child_environment() -> dict[str, str]:
+    """Return the environment of a child that imports from the same places as this process."""
+    search_path = [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(search_path))}
+
+
 @dataclass(frozen=True, slots=True)
 class _Worker:
     channel: socket.socket
@@ -42,18 +48,13 @@ class _Template:
 
     def __init__(self) -> None:
         self.control, theirs = socket.socketpair()
-        search_path = [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", _TEMPLATE],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={
-                    **os.environ,
-                    "PYTHONHASHSEED": "0",
-                    "PYTHONPATH": os.pathsep.join(dict.fromkeys(search_path)),
-                },
+                env={**child_environment(), "PYTHONHASHSEED": "0"},
                 start_new_session=True,  # Ctrl-C is the caller's
             )
 
