@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from eapo_fast.rewards.cursor import nested
-from eapo_fast.rewards.primaries import STARTS, Primaries, product_of
+from eapo_fast.rewards.operators import product_of
+from eapo_fast.rewards.primaries import STARTS, Primaries
 from eapo_fast.rewards.tree import (
     Call,
     Node,
@@ -88,12 +89,19 @@ class Arithmetic(Primaries):
         if kind == "symbol":
             behind = self.tokens[self.index - 1]
             is_unit = text in UNIT_LETTERS and spaced and behind.kind == "number"
-            return not (is_unit and self.peek().kind == "end")
+            return not (is_unit and self.unit_ends())
         if kind == "word":
             return not _is_unit_word(text, spaced)
         if kind == "mark":
             return text in STARTS or (text == "|" and not self.bars)
         return kind in ("number", "command", "begin") and text not in _NO_FACTORS
+
+    def unit_ends(self) -> bool:
+        """Tell whether the answer ends behind a unit letter, or behind `m/s`."""
+        behind = self.peek()
+        if behind[:2] == ("mark", "/"):
+            return self.peek(2).kind in ("symbol", "word") and self.peek(3).kind == "end"
+        return behind.kind == "end"
 
     @nested
     def power(self) -> Node:

@@ -33,6 +33,7 @@ from eapo_fast.rewards.tree import (
 )
 from eapo_fast.rewards.units import dimension, is_known
 
+_EMPTY = frozenset(("no solution", "no solutions", "empty set", "empty"))
 _ZERO = Number(Fraction(0))
 _ARTICLES = re.compile(r"\b(?:the|a|an)\b")
 
@@ -123,6 +124,9 @@ def _compare_texts(a: Node, b: Node, arena: Arena) -> Outcome:
     if isinstance(other, (Symbol, Constant)):
         same = normal_text(text.text) == other.name.lower()
         return Outcome(same, "the same choice" if same else "a text against a symbol")
+    if isinstance(other, SetOf) and not other.items:
+        same = normal_text(text.text) in _EMPTY
+        return Outcome(same, "no solution" if same else "a text against the empty set")
     if _is_letters(text):
         product = Product(tuple(Symbol(letter) for letter in text.text))
         return compare(product, other, arena)

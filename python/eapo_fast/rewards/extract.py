@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from eapo_fast.errors import ConfigError, suggest
+from eapo_fast.rewards.cleaning import split_choice
 from eapo_fast.rewards.grammar import parse
 from eapo_fast.rewards.limits import MAX_CHARACTERS
 from eapo_fast.rewards.tree import Text, Unreadable
@@ -123,7 +124,7 @@ def after_answer_is(text: str) -> str | None:
     end = _SENTENCE_END.search(rest)
     sentence = rest[: end.start()] if end else rest
     sentence = sentence.strip().strip("*").strip()
-    if not sentence or _is_answer(sentence):
+    if not sentence or split_choice(sentence) or _is_answer(sentence):
         return sentence or None
     return (
         first_expression(sentence.rpartition(" is ")[2]) or first_expression(sentence) or sentence

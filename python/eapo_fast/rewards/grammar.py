@@ -15,8 +15,9 @@ from fractions import Fraction
 from functools import lru_cache
 
 from eapo_fast.rewards.arithmetic import Arithmetic
+from eapo_fast.rewards.cleaning import clean
 from eapo_fast.rewards.cursor import nested
-from eapo_fast.rewards.lexer import clean, tokenize
+from eapo_fast.rewards.lexer import tokenize
 from eapo_fast.rewards.limits import MAX_ITEMS
 from eapo_fast.rewards.tree import (
     Listing,

@@ -176,7 +176,7 @@ def _agree(a: Node, b: Node, arena: Arena) -> Outcome:
     except Undefined as reason:
         return Outcome(None, f"undefined: {reason}")
     outcome = _agree_at_points(a, b, names, arena)
-    if outcome.equal is False and names & _WHOLE_NAMES and _agree_for_whole(a, b, names, arena):
+    if not outcome.equal and names & _WHOLE_NAMES and _agree_for_whole(a, b, names, arena):
         return Outcome(True, "equal for whole numbers")
     if outcome.equal is False and not (symbols(a) and symbols(b)):
         return Outcome(False, "a constant against an expression with variables")

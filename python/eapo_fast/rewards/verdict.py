@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
+from eapo_fast.rewards.cleaning import clean, has_ambiguous_commas, split_choice, with_decimal_point
 from eapo_fast.rewards.compare import compare
 from eapo_fast.rewards.extract import boxes_of_last_line, extract_answer, extract_gold
 from eapo_fast.rewards.grammar import parse
-from eapo_fast.rewards.lexer import clean, has_ambiguous_commas, with_decimal_point
 from eapo_fast.rewards.scalars import Arena, Outcome
 from eapo_fast.rewards.symbolic import STOPPED, NoWorkers, WorkerFailure, shared_pool
-from eapo_fast.rewards.tree import Listing, Node, Unreadable
+from eapo_fast.rewards.tree import Listing, Node, Text, Unreadable
 
 SymbolicMethod: TypeAlias = Callable[[Node, Node, Arena], Outcome]
 Status = Literal["correct", "incorrect", "undecided"]
@@ -71,7 +71,7 @@ def verify(prediction: str, gold: str, *, extract: str = "auto") -> Verdict:
 def readable(answer: str) -> str | None:
     """Return None if an answer can be compared, else why not."""
     try:
-        parse(answer)
+        _readings(answer)
     except Unreadable as reason:
         return str(reason)
     return None
@@ -171,7 +171,13 @@ def _spaced(text: str) -> str:
 
 
 def _readings(text: str) -> list[Node]:
-    """Parse; `1,234` has a second reading as a list and `3,14` one as a decimal."""
+    """Parse; `1,234` has a second reading as a list and `3,14` one as a decimal.
+
+    `(B) 12` is both the choice and the value.
+    """
+    choice = split_choice(text)
+    if choice is not None:
+        return [Text(choice[0]), *_readings(choice[1])]
     readings = [parse(text)]
     if "," not in text:
         return readings
