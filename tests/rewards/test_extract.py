@@ -33,6 +33,13 @@ CASES = {
     "last number is negative": ("so that gives us the value -7 finally", "-7"),
     "minus between numbers is no sign": ("and that makes for us 16-3", "3"),
     "digits inside a word do not count": ("the code AZ2K of item 5 is nice", "5"),
+    "escaped dollar in a formula": (r"it is $\$5 = \frac{10}{2}$ in all", r"\$5 = \frac{10}{2}"),
+    "bold answer behind a rule": ("it is **7**.\n\n---\n\nFinal Answer: **73**", "73"),
+    "choice with its text": ("Answer: B) twelve", "B) twelve"),
+    "words as a formula": (
+        r"$$\text{They form a regular hexagon}$$",
+        r"$$\text{They form a regular hexagon}$$",
+    ),
     "nothing": ("I do not know what to say here!", None),
     "empty": ("", None),
 }
@@ -56,3 +63,4 @@ def test_gold_is_the_box_or_the_mark_or_all() -> None:
     assert extract_gold("long text\n#### 5") == "5"
     assert extract_gold(" the red one ") == "the red one"
     assert extract_gold(" ") is None
+    assert extract_gold("We count. " * 30 + "The final answer is $28$. I hope so.") == "28"

@@ -61,6 +61,16 @@ def test_exact_pays_for_the_box() -> None:
     assert call(rewards.exact, texts, answer=["4"] * 5) == [1.0, 1.0, 0.1, 0.0, 0.0]
 
 
+def test_exact_may_mask_the_undecided() -> None:
+    texts = [RIGHT, r"\boxed{\foo}"]
+    assert call(rewards.exact, texts, answer=["4", "4"]) == [1.0, 0.1]
+    assert call(rewards.Exact(undecided=None), texts, answer=["4", "4"]) == [1.0, None]
+    assert call(rewards.get("exact", undecided=0.5), texts, answer=["4", "4"]) == [1.0, 0.5]
+    assert repr(rewards.get("accuracy", undecided=None)) == (
+        "Accuracy(undecided=None, extract='auto')"
+    )
+
+
 def test_format_wants_a_closed_box_with_content() -> None:
     texts = [RIGHT, r"\boxed{4", r"\boxed{}", "4"]
     assert call(rewards.format, texts) == [1.0, 0.0, 0.0, 0.0]

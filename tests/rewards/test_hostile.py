@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import random
 import string
 import subprocess
@@ -14,78 +16,109 @@ import pytest
 import eapo_fast.rewards as rewards
 from eapo_fast.rewards import verify
 
+sys.path.insert(0, str(Path(__file__).parent))
+from hostile_cases import completions
+
 PACKAGE = Path(rewards.__file__).parent
 
-ANSWERS = {
-    "tower": "9^{9^{9^{9^9}}}",
-    "factorial tower": "(((9!)!)!)!",
-    "huge factorial": "(10^{10})!",
-    "factorial ratio": "5000!/4998!",
-    "long number": "9" * 3999,
-    "huge exponent": "1e999999",
-    "symbolic power": "x^{10^9}",
-    "trinomial power": "(x+y+z)^{2000}",
-    "deep brackets": "(" * 2000 + "1" + ")" * 2000,
-    "deep roots": "\\sqrt{" * 38 + "2" + "}" * 38,
-    "deep fractions": "\\frac{1}{" * 30 + "3" + "}" * 30,
-    "many signs": "-" * 3000 + "1",
-    "many roots": "1" + "+\\sqrt{2}" * 400,
-    "many items": ",".join(["1"] * 1500),
-    "many equal roots": ",".join(f"\\sqrt{{{n}}}" for n in range(120)),
-    "huge angle": "\\sin(10^{1000})",
-    "pole": "\\tan(\\pi/2)",
-    "log of zero": "\\log(0)",
-    "zero power": "0^{-1}",
-    "root of degree zero": "\\sqrt[0]{5}",
-    "exponential tower": "e^{e^{e^{e^{10}}}}",
-    "irrational tower": "\\pi^{\\pi^{\\pi^\\pi}}",
-    "slow root": "3^{0.0001}+" * 50 + "1",
-    "long chain": "1" + "<2" * 300,
-    "open texts": "\\text{" * 300,
-    "nested texts": "\\text{" * 100 + "}" * 100,
-    "backslashes": "\\" * 3000,
-    "open matrix": "\\begin{pmatrix}" * 50,
-    "wide matrix": "\\begin{pmatrix}" + " & ".join(["1"] * 400) + "\\end{pmatrix}",
-    "harmonic": "+".join(f"1/{n}" for n in range(10**6, 10**6 + 180)),
-    "other digits": "\u0661\u0662",
-    "control characters": "\x00\x1b",
-    "python call": "__import__('os').system('touch pwned')",
-    "python attribute": "().__class__.__bases__[0]",
-    "sympy call": "Integer(1).func",
-}
-GOLDS = ["5", r"\sqrt{2}+\sqrt{3}", "x^2+1", r"\{1,2\}", r"\sin(1)+\pi", "e^{e}", "(1,2)"]
+CASES = completions()
+FRESH = [
+    "blow-up: tower of nines",
+    "blow-up: factorial ratio",
+    "blow-up: different roots",
+    "blow-up: binomial",
+    "symbolic: hard integral",
+    "symbolic: long product",
+    "symbolic: set of a hard inequality",
+    "size: deep roots",
+    "size: megabyte of nines",
+    "size: megabyte of joined boxes",
+    "unicode: expanding ligatures",
+    "lookalike: ramanujan",
+]
 
 
-@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS.keys())
-def test_a_hostile_answer_is_never_correct_and_takes_little_time(answer: str) -> None:
-    start = time.perf_counter()
-    for gold in GOLDS:
-        assert verify(f"\\boxed{{{answer}}}", gold).status != "correct"
-        assert verify(gold, answer, extract="none").status != "correct"
-    assert time.perf_counter() - start < 8.0
+def stretch() -> float:
+    """Return how many seconds pass now for one second of work: above 1 when others use the cores.
+
+    Times are promised for a machine with a free core.
+    """
+    wall, cpu = time.perf_counter(), time.process_time()
+    while time.process_time() - cpu < 0.05:
+        pass
+    return (time.perf_counter() - wall) / (time.process_time() - cpu)
 
 
-TEXTS = {
-    "open boxes": "\\boxed{" * 100_000,
-    "braces": "{" * 300_000 + "\\boxed{5}",
-    "marks": "####\n" * 100_000,
-    "announcements": "answer is " * 50_000,
-    "dollars": "$" * 300_000,
-    "digits": "1" * 300_000,
-    "minus signs": "- " * 200_000,
-    "fractions": "9/9" * 100_000,
-    "inline maths": "\\( " * 100_000,
-    "commas": "1," * 200_000,
-    "spaces": " " * 300_000 + "x",
-    "box and spaces": "\\boxed" + " " * 300_000,
-}
+def seconds(prediction: str, gold: str) -> float:
+    """Return the time of a verdict that is not `correct`; a slow one is timed again."""
+    times: list[float] = []
+    while not times or (min(times) >= 1.0 and len(times) < 4):
+        load = stretch() if times else 1.0
+        start = time.perf_counter()
+        status = verify(prediction, gold).status
+        times.append((time.perf_counter() - start) / load)
+        assert status in ("incorrect", "undecided")
+    return min(times)
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_extraction_is_linear_in_the_text(text: str) -> None:
-    start = time.perf_counter()
-    verify(text, "41")
-    assert time.perf_counter() - start < 2.0
+def test_there_are_enough_cases() -> None:
+    assert len(CASES) >= 150
+
+
+@pytest.mark.parametrize(("prediction", "gold"), CASES.values(), ids=CASES.keys())
+def test_a_hostile_answer_is_never_correct_and_takes_little_time(
+    prediction: str, gold: str
+) -> None:
+    assert seconds(prediction, gold) < 1.0
+    assert seconds(gold, prediction) < 1.0
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_the_first_call_of_a_process_is_quick_too(name: str, tmp_path: Path) -> None:
+    (tmp_path / "case.json").write_text(json.dumps(CASES[name]))
+    code = (
+        "import json, time; from eapo_fast.rewards import verify\n"
+        "a, b = json.load(open('case.json')); t = time.perf_counter(); v = verify(a, b)\n"
+        "print(time.perf_counter() - t, v.status)\n"
+    )
+    times: list[float] = []
+    while not times or (min(times) >= 1.0 and len(times) < 4):
+        load = stretch() if times else 1.0
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
+        spent, status = done.stdout.split()
+        times.append(float(spent) / load)
+        assert status in ("incorrect", "undecided")
+    assert min(times) < 1.0
+
+
+def test_no_case_runs_anything(tmp_path: Path) -> None:
+    code = (
+        "import sys; from eapo_fast.rewards import verify\n"
+        "from hostile_cases import completions\n"
+        "verify(r'\\int_0^1 x dx', '1/2'); verify('2^{1/3}', '1.2'); verify('x+1', 'x')\n"
+        "seen = []\n"
+        "def watch(event, arguments):\n"
+        "    if event in ('compile', 'exec', 'import', 'open', 'pickle.find_class') or (\n"
+        "        event.startswith(('os.', 'subprocess.', 'ctypes.', 'shutil.'))\n"
+        "    ):\n"
+        "        seen.append((event, arguments))\n"
+        "sys.addaudithook(watch)\n"
+        "for prediction, gold in completions().values():\n"
+        "    verify(prediction, gold)\n"
+        "print(seen)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        check=True,
+    )
+    assert done.stdout == "[]\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_random_bytes_never_raise() -> None:
@@ -99,7 +132,9 @@ def test_random_bytes_never_raise() -> None:
 
 def test_the_package_evaluates_no_text() -> None:
     forbidden = {"eval", "exec", "compile", "__import__", "sympify", "parse_expr", "literal_eval"}
-    for path in PACKAGE.glob("*.py"):
+    files = list(PACKAGE.rglob("*.py"))
+    assert len(files) > 15
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 function = node.func
@@ -107,13 +142,14 @@ def test_the_package_evaluates_no_text() -> None:
                 owner = getattr(getattr(function, "value", None), "id", "")
                 assert name not in forbidden or (name, owner) == ("compile", "re"), path
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                assert "sympy" not in ast.dump(node)
+                assert "sympy" not in ast.dump(node) or path.name in ("build.py", "decide.py")
+                assert "pickle" not in ast.dump(node)
 
 
 def test_import_loads_no_heavy_library() -> None:
     code = (
         "import sys, eapo_fast.rewards; "
-        "sys.exit(any(m in sys.modules for m in ('torch', 'sympy', 'mpmath', 'transformers')))"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'sympy', 'flint', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

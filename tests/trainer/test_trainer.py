@@ -214,7 +214,8 @@ def test_user_errors_in_rewards_name_the_function(train: Callable[..., Trainer])
     def short(completions: list[Any], **_: Any) -> list[float]:
         return [1.0]
 
-    with pytest.raises(RewardError, match=r"'broken' on prompt .*KeyError"):
+    place = r"'broken' on prompt .*\(row \d+\), rollout 0 of 4, raised KeyError"
+    with pytest.raises(RewardError, match=place):
         train(reward_funcs=broken).train()
     with pytest.raises(RewardError, match=r"'short' .* returned 1 values"):
         train(reward_funcs=short).train()
@@ -227,6 +228,30 @@ def test_async_rewards_and_none_values(train: Callable[..., Trainer]) -> None:
     trainer = train(reward_funcs=[letters, later], settings={"reward_weights": [1.0, 0.5]})
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["reward"])
+
+
+def test_rewards_log_their_time_and_what_is_undecided(train: Callable[..., Trainer]) -> None:
+    trainer = train(reward_funcs=["exact", letters])
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["perf/reward/exact_s"] > 0
+    assert first["perf/reward/letters_s"] > 0
+    assert 0 <= first["accuracy/undecided"] <= 1
+
+
+def test_unreadable_references_are_listed_before_step_1(train: Callable[..., Trainer]) -> None:
+    rows = [*ROWS[:8], {"problem": "?", "answer": r"\foo{1}"}, {"problem": "?", "answer": "(1"}]
+    with pytest.warns(UserWarning, match=r"(?s)2 unreadable answers:.*row 8: .*foo.*\n.*row 9: "):
+        train(train_dataset=rows, reward_funcs="accuracy")
+
+
+def test_scoring_inside_a_running_loop(train: Callable[..., Trainer]) -> None:
+    import asyncio
+
+    async def evaluate() -> dict[str, float]:
+        return train(reward_funcs=letters, eval_dataset=ROWS[:2]).evaluate()
+
+    assert asyncio.run(evaluate())["eval_solo_n"] == 2.0
 
 
 def no_eos(tokenizer: Any) -> Any:

@@ -11,12 +11,14 @@ from typing import Any
 
 from eapo_fast.errors import ConfigError, suggest
 from eapo_fast.rewards.extract import extract_answer, extract_gold
-from eapo_fast.rewards.functions import Accuracy, accuracy, answer_of, exact, format
+from eapo_fast.rewards.functions import Accuracy, Exact, accuracy, answer_of, exact, format
+from eapo_fast.rewards.processes import in_process
 from eapo_fast.rewards.shaping import consult_cost, consult_discount, overlong, paper_f1, token_f1
 from eapo_fast.rewards.verdict import Verdict, readable, verify
 
 __all__ = [
     "Accuracy",
+    "Exact",
     "Verdict",
     "accuracy",
     "answer_of",
@@ -27,6 +29,7 @@ __all__ = [
     "extract_gold",
     "format",
     "get",
+    "in_process",
     "names",
     "overlong",
     "paper_f1",
@@ -36,6 +39,7 @@ __all__ = [
 ]
 
 _READY = {"accuracy": accuracy, "exact": exact, "format": format, "paper_f1": paper_f1}
+_GRADED: dict[str, Callable[..., Any]] = {"accuracy": Accuracy, "exact": Exact}
 _FACTORIES: dict[str, Callable[..., Any]] = {
     "consult_cost": consult_cost,
     "consult_discount": consult_discount,
@@ -53,7 +57,8 @@ def get(name: str, **settings: Any) -> Any:
 
     Args:
         name: One of `names()`.
-        settings: Arguments of `overlong`, `consult_cost` or `consult_discount`.
+        settings: Arguments of `overlong`, `consult_cost`, `consult_discount`, `Accuracy` (for
+            `accuracy`) or `Exact` (for `exact`).
 
     Raises:
         ConfigError: Unknown name, or settings for a function that takes none.
@@ -64,6 +69,8 @@ def get(name: str, **settings: Any) -> Any:
         raise ConfigError(
             f"reward: got {name!r}, allowed is one of {', '.join(names())}.{suggest(name, names())}"
         )
+    if settings and name in _GRADED:
+        return _GRADED[name](**settings)
     if settings:
         raise ConfigError(f"reward {name!r} takes no settings, got {', '.join(settings)}")
     return _READY[name]

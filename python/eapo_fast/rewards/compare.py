@@ -7,11 +7,12 @@ import string
 from collections.abc import Sequence
 from fractions import Fraction
 
+from eapo_fast.rewards.readings import FLIPPED, assigned, plain
 from eapo_fast.rewards.scalars import Arena, Outcome, compare_scalars, proportional
 from eapo_fast.rewards.tree import (
     COLLECTIONS,
-    INFINITY,
     Bracketed,
+    Constant,
     Listing,
     Matrix,
     Node,
@@ -19,11 +20,9 @@ from eapo_fast.rewards.tree import (
     Numeral,
     Product,
     Quantity,
-    Quotient,
     Ratio,
     Relation,
     SetOf,
-    Signed,
     Sum,
     Symbol,
     Text,
@@ -34,14 +33,21 @@ from eapo_fast.rewards.tree import (
 )
 from eapo_fast.rewards.units import dimension, is_known
 
-_FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
-_FUNCTION_NAMES = frozenset("fghpqrFGHPQR")
+_EMPTY = frozenset(("no solution", "no solutions", "empty set", "empty"))
+_ZERO = Number(Fraction(0))
 _ARTICLES = re.compile(r"\b(?:the|a|an)\b")
 
 
 def compare(a: Node, b: Node, arena: Arena) -> Outcome:
     """Compare two answers, whatever their kind; symmetric in its two trees."""
-    a, b = _plain(a), _plain(b)
+    if isinstance(a, Number) and isinstance(b, Number):
+        return compare_scalars(a, b, arena)
+    a, b = plain(a), plain(b)
+    outcome = _compare(a, b, arena)
+    return arena.further(a, b, outcome) if outcome.open else outcome
+
+
+def _compare(a: Node, b: Node, arena: Arena) -> Outcome:
     if a == b:
         return Outcome(True, "the same expression")
     named = isinstance(a, Relation), isinstance(b, Relation)
@@ -56,131 +62,17 @@ def compare(a: Node, b: Node, arena: Arena) -> Outcome:
     return _compare_values(a, b, arena)
 
 
-# Readings of one answer
-
-
-def _plain(node: Node) -> Node:
-    """Expand plus-minus into a list and inequalities into intervals."""
-    if isinstance(node, (Listing, SetOf)):
-        items = [part for item in node.items for part in _spread(item)]
-        if isinstance(node, SetOf):
-            return SetOf(tuple(items))
-        intervals = [_interval(item) for item in items]
-        parts = tuple(part for part in intervals if part is not None)
-        if len(parts) == len(items) and not node.joined:
-            return Union(parts)
-        return Listing(tuple(items), node.joined)
-    if isinstance(node, Relation):
-        return _interval(node) or node
-    spread = _spread(node)
-    return spread[0] if len(spread) == 1 else Listing(tuple(spread))
-
-
-def _spread(node: Node) -> list[Node]:
-    if not any(isinstance(part, Signed) for part in walk(node)):
-        return [node]
-    return [_with_sign(node, 1), _with_sign(node, -1)]
-
-
-def _with_sign(node: Node, sign: int) -> Node:
-    """Replace every plus-minus by one of its signs (the upper signs belong together)."""
-    match node:
-        case Signed(own, operand):
-            inner = _with_sign(operand, sign)
-            return inner if own * sign > 0 else negated(inner)
-        case Sum(parts):
-            return Sum(tuple(_with_sign(part, sign) for part in parts))
-        case Product(parts):
-            return Product(tuple(_with_sign(part, sign) for part in parts))
-        case Quotient(top, bottom):
-            return Quotient(_with_sign(top, sign), _with_sign(bottom, sign))
-        case Quantity(operand, unit):
-            return Quantity(_with_sign(operand, sign), unit)
-        case Relation(sides, operators):
-            return Relation(tuple(_with_sign(side, sign) for side in sides), operators)
-        case Bracketed(opening, closing, items):
-            return Bracketed(opening, closing, tuple(_with_sign(item, sign) for item in items))
-        case _:
-            return node
-
-
-def _interval(node: Node) -> Node | None:
-    """Read `x > 5`, `1 < x <= 2` and `x in S` as the set they describe."""
-    if not isinstance(node, Relation):
-        return None
-    sides, operators = node.sides, node.operators
-    if operators == ("in",) and _is_name(sides[0]):
-        return sides[1]
-    if any(operator not in ("<", "<=", ">", ">=") for operator in operators):
-        return None
-    if len(sides) == 2 and isinstance(sides[1], Symbol):
-        sides, operators = (sides[1], sides[0]), (_FLIPPED[operators[0]],)
-    if len(sides) == 2 and isinstance(sides[0], Symbol) and _is_constant(sides[1]):
-        closed = "=" in operators[0]
-        if operators[0].startswith("<"):
-            return Bracketed("(", "]" if closed else ")", (negated(INFINITY), sides[1]))
-        return Bracketed("[" if closed else "(", ")", (sides[1], INFINITY))
-    return _bounded_interval(sides, operators)
-
-
-def _bounded_interval(sides: tuple[Node, ...], operators: tuple[str, ...]) -> Node | None:
-    if len(sides) != 3 or not isinstance(sides[1], Symbol):
-        return None
-    if not (_is_constant(sides[0]) and _is_constant(sides[2])):
-        return None
-    if {operator[0] for operator in operators} == {">"}:
-        sides, operators = sides[::-1], operators[::-1]
-    elif {operator[0] for operator in operators} != {"<"}:
-        return None
-    opening = "[" if "=" in operators[0] else "("
-    closing = "]" if "=" in operators[1] else ")"
-    return Bracketed(opening, closing, (sides[0], sides[2]))
-
-
-def _is_constant(node: Node) -> bool:
-    return not any(isinstance(part, (Symbol, Relation)) for part in walk(node))
-
-
-def _is_name(node: Node) -> bool:
-    """Tell whether a side names the answer: `x`, `f(x)`, `(x, y)`, `\\text{Area}`."""
-    match node:
-        case Symbol() | Text():
-            return True
-        case Product((Symbol(name), Symbol())):
-            return name in _FUNCTION_NAMES
-        case Product(factors):
-            return all(isinstance(factor, Symbol) for factor in factors)
-        case Bracketed(_, _, items):
-            return all(isinstance(item, Symbol) for item in items)
-        case _:
-            return False
-
-
-def _assigned(node: Node) -> Node:
-    """Return the value of `name = value`; of a chain of constants the last."""
-    if not isinstance(node, Relation) or any(o not in ("=", "approx") for o in node.operators):
-        return node
-    if node.operators[-1] == "approx" and not (len(node.sides) == 2 and _is_name(node.sides[0])):
-        shorter = node.sides[:-1]
-        return _assigned(Relation(shorter, node.operators[:-1])) if len(shorter) > 1 else shorter[0]
-    if _is_name(node.sides[0]):
-        return node.sides[-1]
-    if _is_name(node.sides[-1]):
-        return node.sides[0]
-    return node.sides[-1] if all(_is_constant(side) for side in node.sides) else node
-
-
 # Relations
 
 
 def _compare_relation_with_value(a: Node, b: Node, arena: Arena) -> Outcome:
-    a, b = _assigned(a), _assigned(b)
+    a, b = assigned(a), assigned(b)
     if not isinstance(a, Relation) and not isinstance(b, Relation):
         return compare(a, b, arena)
     relation, value = (a, b) if isinstance(a, Relation) else (b, a)
     assert isinstance(relation, Relation)
     if isinstance(value, (Bracketed, Union, SetOf, Listing)):
-        return Outcome(None, "a relation against a set")
+        return Outcome(None, "a relation against a set", open=True)
     sides = [compare(side, value, arena) for side in relation.sides]
     if all(side.equal is False for side in sides):
         return Outcome(False, "a relation against a value that is none of its sides")
@@ -190,25 +82,25 @@ def _compare_relation_with_value(a: Node, b: Node, arena: Arena) -> Outcome:
 def _compare_relations(a: Node, b: Node, arena: Arena) -> Outcome:
     assert isinstance(a, Relation)
     assert isinstance(b, Relation)
-    left, right = _assigned(a), _assigned(b)
+    left, right = assigned(a), assigned(b)
     if not isinstance(left, Relation) and not isinstance(right, Relation):
         same_name = a.sides[0] == b.sides[0] or isinstance(a.sides[0], (Text, Product))
         if same_name or isinstance(b.sides[0], (Text, Product)):
             return compare(left, right, arena)
     if len(a.sides) != 2 or len(b.sides) != 2:
-        return Outcome(None, "chains of relations")
+        return Outcome(None, "chains of relations", open=True)
     return _compare_equations(a, b, arena)
 
 
 def _compare_equations(a: Relation, b: Relation, arena: Arena) -> Outcome:
     operators = a.operators[0], b.operators[0]
-    if not set(operators) <= set(_FLIPPED):
+    if not set(operators) <= set(FLIPPED):
         return Outcome(None, "a relation that is not compared")
     if any(isinstance(side, (*COLLECTIONS, Text)) for side in (*a.sides, *b.sides)):
         return Outcome(None, "relations between collections")
     first, second = _difference(a.sides), _difference(b.sides)
     if operators[0] != operators[1]:
-        if operators[0] != _FLIPPED[operators[1]]:
+        if operators[0] != FLIPPED[operators[1]]:
             return Outcome(False, "different relations")
         second = negated(second)
     return proportional(first, second, arena, positive=operators[0][0] in "<>")
@@ -229,9 +121,12 @@ def _compare_texts(a: Node, b: Node, arena: Arena) -> Outcome:
         return Outcome(same, "the same words" if same else "different words")
     text, other = (a, b) if isinstance(a, Text) else (b, a)
     assert isinstance(text, Text)
-    if isinstance(other, Symbol):
+    if isinstance(other, (Symbol, Constant)):
         same = normal_text(text.text) == other.name.lower()
         return Outcome(same, "the same choice" if same else "a text against a symbol")
+    if isinstance(other, SetOf) and not other.items:
+        same = normal_text(text.text) in _EMPTY
+        return Outcome(same, "no solution" if same else "a text against the empty set")
     if _is_letters(text):
         product = Product(tuple(Symbol(letter) for letter in text.text))
         return compare(product, other, arena)
@@ -261,7 +156,7 @@ def _compare_collections(a: Node, b: Node, arena: Arena) -> Outcome:
         if not isinstance(node, COLLECTIONS)
         for part in walk(node)
     ):
-        return Outcome(None, "arithmetic with collections")
+        return Outcome(None, "arithmetic with collections", open=True)
     if pair is None:
         return Outcome(False, f"{_kind(a)} against {_kind(b)}")
     kind, left, right = pair
@@ -294,7 +189,7 @@ def _aligned(a: Node, b: Node) -> _Aligned | None:
         case (SetOf(left), SetOf(right)) | (SetOf(left), Listing(right)):
             return "set", left, right
         case Listing(left), Listing(right):
-            return "list", left, right
+            return "list", _distinct(left), _distinct(right)
         case Listing(left), Bracketed(("(" | "["), (")" | "]"), right):
             return "ordered", left, right
         case Union(left), Union(right):
@@ -307,6 +202,12 @@ def _aligned(a: Node, b: Node) -> _Aligned | None:
             return "ordered", (single,), (b,)
         case _:
             return None
+
+
+def _distinct(items: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Return the tuples of a list of solutions without repetitions; other lists as they are."""
+    tuples = all(isinstance(item, Bracketed) for item in items)
+    return tuple(dict.fromkeys(items)) if tuples else items
 
 
 def _kind(node: Node) -> str:
@@ -327,29 +228,43 @@ def _all(outcomes: object) -> Outcome:
 
 def _same_members(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> Outcome:
     """Match without order: every element must have an equal one on the other side."""
-    doubt: Outcome | None = None
-    unmatched = list(right)
-    for item in left:
-        outcomes = [compare(item, other, arena) for other in unmatched]
-        hit = next((i for i, outcome in enumerate(outcomes) if outcome.equal), None)
-        if hit is not None:
-            unmatched.pop(hit)
-            continue
-        doubt = doubt or next((o for o in outcomes if o.equal is None), None)
-        if doubt is None:
+    table = [[compare(item, other, arena) for other in right] for item in left]
+    columns = [[row[index] for row in table] for index in range(len(right))]
+    for line in (*table, *columns):
+        if all(outcome.equal is False for outcome in line):
             return Outcome(False, "an element has no equal")
-    if doubt is None and unmatched:
-        return Outcome(False, "an element has no equal")
-    return doubt or Outcome(True, "the same elements")
+    unmatched = set(range(len(right)))
+    for row in table:
+        hit = next((i for i in sorted(unmatched) if row[i].equal), None)
+        if hit is None:
+            doubts = [outcome for outcome in row if outcome.equal is None]
+            return doubts[0] if doubts else Outcome(False, "an element has too few equals")
+        unmatched.discard(hit)
+    return Outcome(not unmatched, "other elements" if unmatched else "the same elements")
 
 
 def _compare_ratios(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> Outcome:
     if len(left) != len(right):
         return Outcome(False, f"{len(left)} parts against {len(right)}")
-    return _all(
+    same = _all(compare(x, y, arena) for x, y in zip(left, right, strict=True))
+    if same.equal or any(node == _ZERO for node in (*left, *right)):
+        return same
+    proportions = _all(
         compare(Product((left[0], right[i])), Product((right[0], left[i])), arena)
         for i in range(1, len(left))
     )
+    if proportions.equal and _is_time(left) and _is_time(right):
+        return Outcome(None, "a time or a ratio")
+    return proportions
+
+
+def _is_time(parts: Sequence[Node]) -> bool:
+    """Tell whether a proportion may be a time of day such as 6:15."""
+    match parts:
+        case [Number(hours), Number(minutes)]:
+            return 0 <= hours <= 24 and 10 <= minutes < 60
+        case _:
+            return False
 
 
 # Values

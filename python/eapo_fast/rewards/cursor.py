@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from eapo_fast.rewards.lexer import END, Token
 from eapo_fast.rewards.limits import MAX_DEPTH
 from eapo_fast.rewards.tree import Unreadable
+
+_C = TypeVar("_C", bound="Cursor")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Cursor:
@@ -18,6 +23,7 @@ class Cursor:
         self.index = 0
         self.depth = 0
         self.bars = 0
+        self.integrals = 0
 
     @property
     def token(self) -> Token:
@@ -50,11 +56,17 @@ class Cursor:
             raise Unreadable(f"expected {' or '.join(marks)}, got {self.token.text or 'the end'!r}")
         return self.advance().text
 
-    @contextmanager
-    def nested(self) -> Iterator[None]:
-        """Count one level of nesting."""
+
+def nested(method: Callable[Concatenate[_C, _P], _R]) -> Callable[Concatenate[_C, _P], _R]:
+    """Count a level of nesting while a method reads (an error ends the whole reading)."""
+
+    @wraps(method)
+    def read(self: _C, /, *arguments: _P.args, **named: _P.kwargs) -> _R:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable(f"nested deeper than {MAX_DEPTH} levels")
-        yield
+        result = method(self, *arguments, **named)
         self.depth -= 1
+        return result
+
+    return read

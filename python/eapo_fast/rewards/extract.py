@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from eapo_fast.errors import ConfigError, suggest
+from eapo_fast.rewards.cleaning import split_choice
 from eapo_fast.rewards.grammar import parse
 from eapo_fast.rewards.limits import MAX_CHARACTERS
 from eapo_fast.rewards.tree import Text, Unreadable
@@ -17,10 +18,12 @@ _GAP = r"(?:[\s$~]|\\[,;: ()\[\]]|\\q?quad)*"
 _JOINT = re.compile(rf"{_GAP}(?:,|,?\s*and\b|\\text\{{\s*,?\s*and\s*\}}){_GAP}")
 _TAIL = 4096
 """Characters at the end of a text in which a last expression is looked for."""
+_LONG_GOLD = 200
+"""Characters beyond which a reference is a worked solution."""
 _MARK = re.compile(r"####[ \t]*([^\n]*)")
 _ANSWER_IS = re.compile(r"\banswer\b[ \t*_]*(?:is|are|:|=)[ \t:*_]*(?=\S)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
-_MATH = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(([^$]+?)\\\)|\\\[([^$]+?)\\\]")
+_MATH = re.compile(r"\$\$([^$]+)\$\$|\$((?:[^$\\]|\\.)+)\$|\\\(([^$]+?)\\\)|\\\[([^$]+?)\\\]")
 _LAST_NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])-\s?)?(?:\\?\$)?(?<![\w.])(?:\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
     r"(?:\s?/\s?\d+)?(?:\\?%)?"
@@ -76,6 +79,23 @@ def _box_at(text: str, start: int) -> tuple[str, int] | None:
     return None
 
 
+def boxes_of_last_line(text: str) -> list[str]:
+    """Return the contents of all boxes of the last line that has one, in order."""
+    last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if last < 0:
+        return []
+    stop = text.find("\n", last)
+    start = max(text.rfind("\n", 0, last) + 1, last - _TAIL)
+    line = text[start : stop if stop >= 0 else len(text)]
+    contents: list[str] = []
+    position = 0
+    while (found := _BOX.search(line, position)) and len(contents) < _BOXES_TRIED:
+        box = _box_at(line, found.start())
+        position = box[1] if box else found.end()
+        contents += [box[0]] if box else []
+    return contents
+
+
 def after_mark(text: str) -> str | None:
     """Return the rest of the line behind the last `####` that is followed by something."""
     start = len(text)
@@ -104,7 +124,7 @@ def after_answer_is(text: str) -> str | None:
     end = _SENTENCE_END.search(rest)
     sentence = rest[: end.start()] if end else rest
     sentence = sentence.strip().strip("*").strip()
-    if not sentence or _is_answer(sentence):
+    if not sentence or split_choice(sentence) or _is_answer(sentence):
         return sentence or None
     return (
         first_expression(sentence.rpartition(" is ")[2]) or first_expression(sentence) or sentence
@@ -148,7 +168,7 @@ def _is_answer(text: str) -> bool:
     except Unreadable:
         return False
     if isinstance(tree, Text):
-        return len(tree.text.split()) <= 4
+        return len(tree.text.split()) <= 4 or text.strip(" $").startswith("\\text")
     return len(_PROSE.findall(text)) <= 1
 
 
@@ -188,6 +208,11 @@ def extract_answer(text: str, method: str = "auto") -> str | None:
 
 
 def extract_gold(text: str) -> str | None:
-    """Return the reference answer: its last box, else what follows `####`, else all of it."""
-    answer = boxed(text) or after_mark(text) or text.strip()
-    return answer or None
+    """Return the reference answer: its last box, else what follows `####`, else all of it.
+
+    Of a long text without either it is what "the answer is" announces.
+    """
+    answer = boxed(text) or after_mark(text)
+    if not answer and len(text) > _LONG_GOLD:
+        answer = after_answer_is(text)
+    return answer or text.strip() or None

@@ -8,7 +8,7 @@ column `answer` or `solution`. The name of a function becomes its metric name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from eapo_fast.errors import ConfigError, DataError
 from eapo_fast.rewards.extract import METHODS, boxed, extract_answer
@@ -92,7 +92,42 @@ class Accuracy:
         return self.undecided if verdict.status == "undecided" else float(verdict.correct)
 
 
-_ACCURACY = Accuracy()
+class Exact:
+    """EAPO's reward for mathematics: 1 if correct, `WELL_FORMED` for a well-formed box, else 0.
+
+    None for a row without reference. Dynamic sampling should filter on `accuracy`, not on this: in
+    an all-wrong group the 0.1 alone makes the rewards differ, and normalised advantages would blow
+    that up to unit size.
+    """
+
+    __name__ = "exact"
+
+    def __init__(self, *, undecided: float | Literal["wrong"] | None = "wrong") -> None:
+        """
+        Args:
+            undecided: Reward of an answer that could not be decided: `wrong` treats it as a wrong
+                one, None masks the row.
+        """
+        self.undecided = undecided
+
+    def __repr__(self) -> str:
+        return f"Exact(undecided={self.undecided!r})"
+
+    def __call__(self, *, completions: Sequence[Any], **columns: Any) -> Rewards:
+        texts = policy_texts(completions, columns.get("final_turns"))
+        golds = gold_answers(columns, len(texts), "exact")
+        verdicts = _verdicts(texts, golds, "auto")
+        return [self._reward(text, v) for text, v in zip(texts, verdicts, strict=True)]
+
+    def _reward(self, text: str, verdict: Verdict | None) -> float | None:
+        if verdict is None:
+            return None
+        if verdict.status == "undecided" and self.undecided != "wrong":
+            return self.undecided
+        return 1.0 if verdict.correct else WELL_FORMED * is_well_formed(text)
+
+
+_ACCURACY, _EXACT = Accuracy(), Exact()
 
 
 def accuracy(*, completions: Sequence[Any], **columns: Any) -> Rewards:
@@ -113,18 +148,8 @@ def is_well_formed(text: str) -> bool:
 
 
 def exact(*, completions: Sequence[Any], **columns: Any) -> Rewards:
-    """EAPO's reward for mathematics: 1 if correct, 0.1 for a well-formed box, else 0.
-
-    An undecided answer counts as wrong; None for a row without reference. Dynamic sampling should
-    filter on `accuracy`, not on this: in an all-wrong group the 0.1 alone makes the rewards
-    differ, and normalised advantages would blow that up to unit size.
-    """
-    texts = policy_texts(completions, columns.get("final_turns"))
-    verdicts = _verdicts(texts, gold_answers(columns, len(texts), "exact"), "auto")
-    return [
-        None if verdict is None else 1.0 if verdict.correct else WELL_FORMED * is_well_formed(text)
-        for text, verdict in zip(texts, verdicts, strict=True)
-    ]
+    """1 for a correct answer, 0.1 for another one in a well-formed box, else 0; see `Exact`."""
+    return _EXACT(completions=completions, **columns)
 
 
 def answer_of(text: str) -> str:

@@ -15,7 +15,9 @@ from fractions import Fraction
 from functools import lru_cache
 
 from eapo_fast.rewards.arithmetic import Arithmetic
-from eapo_fast.rewards.lexer import clean, tokenize
+from eapo_fast.rewards.cleaning import clean
+from eapo_fast.rewards.cursor import nested
+from eapo_fast.rewards.lexer import tokenize
 from eapo_fast.rewards.limits import MAX_ITEMS
 from eapo_fast.rewards.tree import (
     Listing,
@@ -82,24 +84,30 @@ class Parser(Arithmetic):
         return " ".join(t.text for t in tokens)
 
     def listing(self) -> Node:
-        """Read items between separators."""
-        items, joined = [self.item()], False
+        """Read items between separators; semicolons between lists with commas separate lists."""
+        groups: list[list[Node]] = [[self.item()]]
+        joined = False
         while separator := self.accept(*_SEPARATORS):
             if separator in (",", ";") and self.at("or", "and"):
                 separator = self.advance().text
             joined = joined or separator == "and"
-            items.append(self.item())
-        if len(items) > MAX_ITEMS:
+            if separator == ";":
+                groups.append([])
+            groups[-1].append(self.item())
+        if sum(map(len, groups)) > MAX_ITEMS:
             raise Unreadable(f"more than {MAX_ITEMS} items")
-        return items[0] if len(items) == 1 else Listing(tuple(items), joined)
+        if len(groups) > 1 and all(len(group) > 1 for group in groups):
+            return Listing(tuple(Listing(tuple(group)) for group in groups), joined)
+        items = tuple(item for group in groups for item in group)
+        return items[0] if len(items) == 1 else Listing(items, joined)
 
+    @nested
     def item(self) -> Node:
         """Read a chain of relations; a chain of one side is that side."""
-        with self.nested():
-            sides, operators = [self.union()], []
-            while self.token.kind == "mark" and self.token.text in _RELATIONS:
-                operators.append(self.advance().text)
-                sides.append(self.union())
+        sides, operators = [self.union()], []
+        while self.token.kind == "mark" and self.token.text in _RELATIONS:
+            operators.append(self.advance().text)
+            sides.append(self.union())
         return Relation(tuple(sides), tuple(operators)) if operators else sides[0]
 
     def union(self) -> Node:

@@ -7,7 +7,6 @@ here, spellings are unified (`\\dfrac` and `\\tfrac` are `frac`, a Unicode root 
 from __future__ import annotations
 
 import re
-import unicodedata
 from typing import NamedTuple
 
 from eapo_fast.rewards.limits import MAX_CHARACTERS, MAX_TOKENS
@@ -32,7 +31,8 @@ def _names(words: str) -> frozenset[str]:
 END = Token("end", "", False)
 
 FUNCTIONS = _names(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt abs"
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt abs "
+    "max min gcd lcm det"
 )
 _GREEK = _names(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
@@ -41,8 +41,9 @@ _GREEK = _names(
 )
 _DROPPED = _names(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
-    "textstyle scriptstyle limits quad qquad boxed fbox thinspace hfill nonumber , ; : ! ( ) [ ] $ "
-    "> - / &"
+    "textstyle scriptstyle limits angle triangle overline vec overrightarrow hat widehat quad "
+    "qquad boxed fbox thinspace hfill nonumber "
+    ", ; : ! ( ) [ ] $ > - / &"
 ) | {" ", "\n", "\t"}
 _MARKS = {
     "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=",
@@ -51,11 +52,13 @@ _MARKS = {
     "%": "%", "{": "\\{", "}": "\\}", "lbrace": "\\{", "rbrace": "\\}", "langle": "(",
     "rangle": ")", "lvert": "|", "rvert": "|", "vert": "|", "colon": ":", "approx": "approx",
     "\\": "\\\\", "_": "_", "land": "and", "lor": "or", "lbrack": "[", "rbrack": "]",
+    "to": "to", "rightarrow": "to",
 }  # fmt: skip
 _COMMANDS = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "infty": "inf", "infinity": "inf",
     "oo": "inf", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "varnothing": "emptyset",
-    "tg": "tan", "ctg": "cot", "cosec": "csc", "log": "log",
+    "tg": "tan", "ctg": "cot", "cosec": "csc", "dbinom": "binom", "tbinom": "binom",
+    "dots": "ldots", "cdots": "ldots",
 }  # fmt: skip
 _WORD_COMMANDS = (
     FUNCTIONS | _GREEK | {"pi", "inf", "infty", "infinity", "oo", "asin", "acos", "atan"}
@@ -64,61 +67,22 @@ _TEXTS = _names(
     "text textnormal textbf textit textrm textsf texttt mbox hbox mathrm mathbf mathit mathsf emph "
     "operatorname boldsymbol bm"
 )
-_UNICODE = str.maketrans(
-    {
-        "\u2212": "-", "\u2013": "-", "\u2014": "-", "\u2010": "-", "\u00d7": "*", "\u00b7": "*",
-        "\u22c5": "*", "\u2217": "*", "\u00f7": "/", "\u2215": "/", "\u2044": "/",
-        "\u00b1": "\\pm ",
-        "\u2213": "\\mp ", "\u2264": "<=", "\u2265": ">=", "\u2260": "!=", "\u221e": "\\infty ",
-        "\u03c0": "\\pi ", "\u03b8": "\\theta ", "\u03b1": "\\alpha ", "\u03b2": "\\beta ",
-        "\u222a": "\\cup ", "\u2208": "\\in ", "\u00b0": "\\degree ", "\u221a": " sqrt ",
-        "\u2248": "\\approx ", "\u2205": "\\emptyset ", "\u211d": "\\mathbb{R}", "\u00a0": " ",
-        "\u2009": " ", "\u202f": " ", "\u20ac": "", "\u00a3": "", "\u00a5": "", "\u2019": "'",
-        "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}",
-        "\u2153": "\\frac{1}{3}", "\u2154": "\\frac{2}{3}", "\u00b2": "^{2}", "\u00b3": "^{3}",
-        "\u00b9": "^{1}", "\u2070": "^{0}", "\u2074": "^{4}", "\u2075": "^{5}", "\u2076": "^{6}",
-        "\u2077": "^{7}", "\u2078": "^{8}", "\u2079": "^{9}",
-    }
-)  # fmt: skip
-
+_LETTER_STYLES = _names("mathrm mathbf mathit boldsymbol bm")
 _GROUPED = r"[1-9]\d{0,2}(?:(?:\s?\{\s?,\s?\}|,\\!\s?|\\,|\\!\s?,)\d{3})+(?!\d)"
 _THOUSANDS = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?!\d|\s?/))"
 _DIGITS = r"(?:\d+\.\d*|\.\d+|\d+)"
 _NUMBER = re.compile(rf"(?:{_GROUPED}(?:\.\d+)?|{_DIGITS}(?:[eE][+-]?\d{{1,6}}(?![\w.]))?)")
 _LOOSE_NUMBER = re.compile(rf"(?:{_GROUPED}|{_THOUSANDS})(?:\.\d+)?")
+_REPEATING = re.compile(
+    r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*\{(\d{1,40})\}|\\dot\s*(?:\{(\d)\}|(\d)))"
+)
+_CHOICES = re.compile(r"[A-J](?:\s*,\s*(?:and\s+)?[A-J])+")
 _SPACE = re.compile(r"\s+|~|\$")
 _WORD = re.compile(r"[A-Za-z]+")
 _COMMAND = re.compile(r"\\([A-Za-z]+|[\s\S])\*?")
 _MARK = re.compile(r"\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{}|,;:!%&]")
+_NOT_OF_NUMBERS = re.compile(r"[^\d.eE+-]")
 _ARITHMETIC = re.compile(r"[\s\d.,+\-*/()^%$]*\d[\s\d.,+\-*/()^%$]*")
-_AMBIGUOUS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
-
-
-def clean(text: str) -> str:
-    """Unify Unicode, strip outer white space, math delimiters, bold marks and end punctuation.
-
-    Raises `Unreadable` when the text is empty or longer than `limits.MAX_CHARACTERS`.
-    """
-    if len(text) > MAX_CHARACTERS:
-        raise Unreadable(f"{len(text)} characters, at most {MAX_CHARACTERS} are read")
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
-    before = None
-    while text != before:
-        before, text = text, text.strip().strip("$`").rstrip(",;:").strip()
-        if text.endswith(".") and not text.endswith("\\."):
-            text = text[:-1]
-        for opening, closing in (("**", "**"), ("\\(", "\\)"), ("\\[", "\\]")):
-            if len(text) > 4 and text.startswith(opening) and text.endswith(closing):
-                text = text[2:-2]
-    if not text:
-        raise Unreadable("empty")
-    return text
-
-
-def has_ambiguous_commas(text: str) -> bool:
-    """Tell whether `1,234` occurs, which may be one number or a list of two."""
-    return _AMBIGUOUS.search(text) is not None
 
 
 def tokenize(text: str, *, thousands: bool = True) -> list[Token]:
@@ -161,7 +125,7 @@ class _Lexer:
         if self.take(_SPACE) is not None:
             self.spaced = True
         elif (number := self.number()) is not None:
-            self.add("number", re.sub(r"[^\d.eE+-]", "", number))
+            self.add("number", number)
         elif (word := self.take(_WORD)) is not None:
             self.word(word)
         elif self.text[self.position] == "\\":
@@ -172,6 +136,15 @@ class _Lexer:
             raise Unreadable(f"unexpected character {self.text[self.position]!r}")
 
     def number(self) -> str | None:
+        """Take a literal; a repeating decimal is spelt `0.1r6`."""
+        if (found := _REPEATING.match(self.text, self.position)) is not None:
+            self.position = found.end()
+            whole, part, *repeated = found.groups()
+            return f"{whole}.{part}r{''.join(filter(None, repeated))}"
+        number = self.plain_number()
+        return None if number is None else _NOT_OF_NUMBERS.sub("", number)
+
+    def plain_number(self) -> str | None:
         if self.thousands and not self.nesting:
             loose = self.take(_LOOSE_NUMBER)
             if loose is not None:
@@ -198,6 +171,9 @@ class _Lexer:
         if found is None:
             raise Unreadable("ends in a backslash")
         name, self.position = found.group(1), found.end()
+        if name.startswith(("quad", "qquad")):  # \\quadx is a slip for \\quad x
+            self.position = found.start(1) + name.index("quad") + len("quad")
+            name = "quad"
         if name in _TEXTS:
             self.literal(name, self.group())
         elif name == "mathbb":
@@ -236,11 +212,11 @@ class _Lexer:
         stripped = content.strip()
         if stripped.lower() in ("or", "and"):
             self.add("mark", stripped.lower())
-        elif _ARITHMETIC.fullmatch(stripped) or "\\" in stripped:
+        elif _ARITHMETIC.fullmatch(stripped) or _CHOICES.fullmatch(stripped) or "\\" in stripped:
             self.text = f"{self.text[: self.position]} {stripped} {self.text[self.position :]}"
             if len(self.text) > 3 * MAX_CHARACTERS:
                 raise Unreadable("nested text commands")
-        elif name in ("mathbf", "mathit", "boldsymbol", "bm") and len(stripped) == 1:
+        elif name in _LETTER_STYLES and len(stripped) == 1 and stripped.isalpha():
             self.add("symbol", stripped)
         elif stripped in FUNCTIONS:
             self.named(stripped)

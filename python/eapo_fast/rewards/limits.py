@@ -16,12 +16,19 @@ MAX_BITS = 1 << 16
 """Largest numerator or denominator of an exact value."""
 MAX_FACTORIAL = 5000
 """Largest argument of a factorial."""
-MAX_DECIMALS = 2500
-"""Most decimal digits of a numeric comparison."""
+MAX_PRECISION = 8192
+"""Most bits of a numeric comparison."""
 MAX_ITEMS = 128
 """Most elements of a list, set or matrix that is compared."""
 MAX_STEPS = 40_000
 """Steps of one verdict: one step is about a microsecond of arithmetic on small numbers."""
+
+MAX_CALLS = 200_000
+"""Python calls of one symbolic check, about 0.15 seconds; this limit alone decides as a rule."""
+CPU_SECONDS = 0.3
+"""CPU time of one symbolic check, for work that its calls do not measure."""
+WALL_SECONDS = 2.0
+"""Wall time of one symbolic check, the backstop when its worker gets no CPU or stands still."""
 
 
 class Meter:

@@ -1,40 +1,38 @@
-"""Are two expressions the same value? Exact where possible, certain or undecided elsewhere."""
+"""Are two expressions the same value? Certain, or undecided with a reason."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+from eapo_fast.rewards import balls
 from eapo_fast.rewards.limits import Meter
+from eapo_fast.rewards.modular import Field, draw_field
+from eapo_fast.rewards.separation import separation_bits
 from eapo_fast.rewards.tree import (
+    COLLECTIONS,
     Call,
     Constant,
     Node,
     Number,
+    Operator,
     Percent,
     Product,
     Unreadable,
     symbols,
     walk,
 )
-from eapo_fast.rewards.values import (
-    Gaussian,
-    Inexact,
-    Point,
-    Undefined,
-    decimals,
-    exact,
-    numeric,
-    numeric_context,
-)
+from eapo_fast.rewards.values import Gaussian, Inexact, NoMethod, TooLarge, Undefined, exact
 
 TRIALS = 4
-"""Points at which two expressions with variables must agree."""
-GUARD_DIGITS = 60
-"""Digits of a numeric comparison beyond what its literals need."""
+"""Points at which two expressions with roots or functions of variables must agree."""
+_WHOLE_NAMES = frozenset("kmn")
+"""Variables that stand for whole numbers where that makes a difference."""
 
 
 class Outcome(NamedTuple):
@@ -42,43 +40,77 @@ class Outcome(NamedTuple):
 
     equal: bool | None
     reason: str
+    open: bool = False
+    """Not decided for want of a method, so computer algebra may decide it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Arena:
-    """What one verdict shares: the key of its random points and its step budget."""
+    """What one verdict shares: the key of its random draws, its budget, its last resort."""
 
     key: str
-    """Text that both answers contribute to, so that nobody can aim at the points."""
-    meter: Meter
+    """Text that both answers contribute to, so that nobody can aim at the draws."""
+    meter: Meter = field(default_factory=Meter)
     """Steps left."""
+    symbolic: Callable[[Node, Node, Arena], Outcome] | None = None
+    """Computer algebra, in the processes that have it."""
+    open: bool = False
+    """Whether computer algebra was missed."""
 
-    def point(self, names: set[str], trial: int) -> dict[str, Fraction]:
+    def further(self, a: Node, b: Node, outcome: Outcome) -> Outcome:
+        """Return what computer algebra says of an open outcome, or note that it is missed."""
+        if self.symbolic is not None:
+            return self.symbolic(a, b, self)
+        self.open = True
+        return outcome
+
+    @cached_property
+    def field(self) -> Field:
+        """The prime field of this verdict."""
+        return draw_field(self.key)
+
+    def point(self, names: Iterable[str], trial: int) -> dict[str, Fraction]:
         """Return keyed rational values; even trials are positive, odd ones have mixed signs."""
-        return {name: self._draw(name, trial) for name in (*names, "\\pi", "\\e")}
+        return {name: self._draw(name, trial) for name in names}
+
+    def whole_point(self, names: Iterable[str], trial: int) -> dict[str, Fraction]:
+        """Return the same with values from 1 to 60 for the names of whole numbers."""
+        point = self.point(names, 2 * trial)
+        for name in _WHOLE_NAMES & point.keys():
+            point[name] = Fraction(1 + self._bits(name, trial) % 60)
+        return point
 
     def _draw(self, name: str, trial: int) -> Fraction:
-        seed = f"{self.key}\0{name}\0{trial}".encode()
-        bits = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "big")
+        bits = self._bits(name, trial)
         value = Fraction(1 + bits % 0xFFFF_FFFB, 1_000_003) % 4 + Fraction(1, 7)
         return -value if trial % 2 and bits >> 63 else value
+
+    def _bits(self, name: str, trial: int) -> int:
+        seed = f"{self.key}\0{name}\0{trial}".encode(errors="surrogatepass")
+        return int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "big")
 
 
 def compare_scalars(a: Node, b: Node, arena: Arena) -> Outcome:
     """Compare two expressions.
 
-    Different is certain (exact values, or numeric ones that differ in leading digits). Equal is
-    exact for numbers; with variables it is agreement at `TRIALS` keyed points, with roots and
-    functions agreement to at least `GUARD_DIGITS` / 2 digits beyond the size of the literals.
+    Different is certain. Equal is certain for rational and algebraic numbers and (but for a chance
+    below 2^-60) for rational functions; it is agreement to at least 200 bits beyond literals and
+    magnitudes for other constants, and the same at `TRIALS` keyed points for other functions.
     """
     if isinstance(a, Number) and isinstance(b, Number):
         return _verdict(a.value == b.value)
     infinite = _infinity(a), _infinity(b)
     if any(infinite):
         return Outcome(infinite[0] == infinite[1], "infinity")
-    outcome = _percent_outcome(a, b, arena)
-    if outcome is None:
-        outcome = _compare_at_points(a, b, arena)
+    parts = [part for node in (a, b) for part in walk(node)]
+    if any(isinstance(part, (Operator, *COLLECTIONS)) for part in parts):
+        return Outcome(None, "this needs computer algebra", open=True)
+    if Constant("inf") in parts:
+        return Outcome(None, "arithmetic with infinity")
+    try:
+        outcome = _percent_outcome(a, b, arena) or _agree(a, b, arena)
+    except NoMethod as reason:
+        return Outcome(None, str(reason), open=True)
     if outcome.equal is False and _has_bare_log(a) != _has_bare_log(b):
         return Outcome(None, "a logarithm without a base")
     return outcome
@@ -92,15 +124,15 @@ def proportional(a: Node, b: Node, arena: Arena, *, positive: bool = False) -> O
         lefts = [exact(a, point, arena.meter) for point in points]
         rights = [exact(b, point, arena.meter) for point in points]
     except (Inexact, Undefined):
-        return Outcome(None, "an equation with roots or functions")
+        return Outcome(None, "an equation with roots or functions", open=True)
     if any(not x.re and not x.im for x in lefts + rights) or any(x.im for x in lefts + rights):
-        return Outcome(None, "an equation without terms or with i")
+        return Outcome(None, "an equation without terms or with i", open=True)
     ratios = {left.re / right.re for left, right in zip(lefts, rights, strict=True)}
     if len(ratios) == 1 and (not positive or ratios.pop() > 0):
         return Outcome(True, "proportional equations")
     if _is_affine(a, points, arena) and _is_affine(b, points, arena):
         return Outcome(False, "different linear equations")
-    return Outcome(None, "equations of different form")
+    return Outcome(None, "equations of different form", open=True)
 
 
 def _verdict(equal: bool) -> Outcome:
@@ -112,7 +144,7 @@ def _percent_outcome(a: Node, b: Node, arena: Arena) -> Outcome | None:
     if isinstance(a, Percent) == isinstance(b, Percent):
         return None
     plain = [node.operand if isinstance(node, Percent) else node for node in (a, b)]
-    same = _compare_at_points(plain[0], plain[1], arena)
+    same = _agree(plain[0], plain[1], arena)
     return Outcome(True, "equal up to the per cent sign") if same.equal else None
 
 
@@ -134,73 +166,82 @@ def _has_bare_log(node: Node) -> bool:
     )
 
 
-def _compare_at_points(a: Node, b: Node, arena: Arena) -> Outcome:
+def _agree(a: Node, b: Node, arena: Arena) -> Outcome:
     names = symbols(a) | symbols(b)
-    if any(part == Constant("inf") for node in (a, b) for part in walk(node)):
-        return Outcome(None, "arithmetic with infinity")
-    if names and symbols(a) != symbols(b) and not (symbols(a) and symbols(b)):
-        return _constant_against_variable(a, b, names, arena)
-    return _agree(a, b, names, arena)
-
-
-def _constant_against_variable(a: Node, b: Node, names: set[str], arena: Arena) -> Outcome:
-    outcome = _agree(a, b, names, arena)
-    if outcome.equal is False:
+    if not names:
+        return _agree_as_constants(a, b, arena)
+    try:
+        if _is_identity(a, b, arena):
+            return Outcome(True, "the same rational function")
+    except Undefined as reason:
+        return Outcome(None, f"undefined: {reason}")
+    outcome = _agree_at_points(a, b, names, arena)
+    if not outcome.equal and names & _WHOLE_NAMES and _agree_for_whole(a, b, names, arena):
+        return Outcome(True, "equal for whole numbers")
+    if outcome.equal is False and not (symbols(a) and symbols(b)):
         return Outcome(False, "a constant against an expression with variables")
     return outcome
 
 
-def _agree(a: Node, b: Node, names: set[str], arena: Arena) -> Outcome:
-    outcome, defined = Outcome(None, "no value at any point"), 0
-    for trial in range(2 * TRIALS):
-        point = arena.point(names, trial)
-        try:
-            outcome, settled = _at_point(a, b, point, arena)
-        except Undefined as reason:
-            if not names:
-                return Outcome(None, f"undefined: {reason}")
-            continue
-        defined += 1
-        if outcome.equal is None:
-            return outcome
-        if outcome.equal is False:
-            if defined > 1 and trial % 2:
-                return Outcome(None, "equal for positive variables only")
-            return outcome
-        if settled or defined == TRIALS:
-            return outcome
-    return Outcome(None, "undefined at the points tried") if defined < TRIALS else outcome
-
-
-def _at_point(a: Node, b: Node, point: Point, arena: Arena) -> tuple[Outcome, bool]:
-    """Compare at one point; the flag says that no other point can change the outcome."""
+def _agree_as_constants(a: Node, b: Node, arena: Arena) -> Outcome:
+    too_large: TooLarge | None = None
     try:
-        left, right = exact(a, point, arena.meter), exact(b, point, arena.meter)
+        return _verdict(exact(a, {}, arena.meter) == exact(b, {}, arena.meter))
+    except Undefined as reason:
+        return Outcome(None, f"undefined: {reason}")
     except Inexact:
-        settled = not symbols(a) and not symbols(b)
-        return _numeric_outcome(a, b, point, arena), settled
-    variable = any(
-        isinstance(p, Constant) and p.name in ("pi", "e") for n in (a, b) for p in walk(n)
-    ) or bool(symbols(a) | symbols(b))
-    return _verdict(left == right), not variable
-
-
-def _numeric_outcome(a: Node, b: Node, point: Point, arena: Arena) -> Outcome:
-    extra = sum(len(str(point[name])) for name in symbols(a) | symbols(b))
-    digits = GUARD_DIGITS + extra + decimals(a) + decimals(b)
-    context = numeric_context(digits)
+        pass
+    except TooLarge as reason:
+        too_large = reason
     try:
-        left = numeric(a, point, context, arena.meter)
-        right = numeric(b, point, context, arena.meter)
-    except (ArithmeticError, ValueError) as reason:
-        raise Undefined(str(reason) or type(reason).__name__) from reason
-    scale = max(abs(left), abs(right), 1)
-    difference = abs(left - right) / scale
-    if difference < context.mpf(10) ** (20 - digits):
-        return Outcome(True, f"equal to {digits - 20} digits")
-    if difference > context.mpf(10) ** (-(digits // 2)):
-        return Outcome(False, "different values")
-    return Outcome(None, "too close to tell apart")
+        if _is_identity(a, b, arena):
+            return Outcome(True, "equal values")
+        bits = balls.settle(a, b, {}, arena.meter, separation_bits(a, b))
+    except Undefined as reason:
+        return Outcome(None, str(too_large) if too_large else f"undefined: {reason}")
+    if bits is None:
+        return Outcome(None, str(too_large or "too close to tell apart"), open=too_large is None)
+    return _verdict(False) if bits < 0 else Outcome(True, f"equal to {bits} bits")
+
+
+def _is_identity(a: Node, b: Node, arena: Arena) -> bool | None:
+    """Tell whether two rational functions are the same; None if one is none."""
+    try:
+        left, right = (arena.field.residue(node, arena.meter)[0] for node in (a, b))
+    except Inexact:
+        return None
+    return left == right
+
+
+def _agree_at_points(a: Node, b: Node, names: set[str], arena: Arena) -> Outcome:
+    fewest, defined = None, 0
+    for trial in range(2 * TRIALS):
+        try:
+            bits = balls.settle(a, b, arena.point(names, trial), arena.meter, None)
+        except Undefined:
+            continue
+        if bits is None:
+            return Outcome(None, "too close to tell apart", open=True)
+        if bits < 0:
+            if defined and trial % 2:
+                return Outcome(None, "equal for positive variables only")
+            return _verdict(False)
+        defined += 1
+        fewest = bits if fewest is None else min(fewest, bits)
+        if defined == TRIALS:
+            return Outcome(True, f"equal at {TRIALS} points to {fewest} bits")
+    return Outcome(None, "undefined at the points tried", open=True)
+
+
+def _agree_for_whole(a: Node, b: Node, names: set[str], arena: Arena) -> bool:
+    for trial in range(TRIALS):
+        try:
+            bits = balls.settle(a, b, arena.whole_point(names, trial), arena.meter, None)
+        except Undefined:
+            return False
+        if bits is None or bits < 0:
+            return False
+    return True
 
 
 def _is_affine(node: Node, points: list[dict[str, Fraction]], arena: Arena) -> bool:

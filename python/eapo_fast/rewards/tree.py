@@ -89,6 +89,20 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Operator:
+    """A `sum`, `prod`, `int` or `lim` over a variable, which is bound unless there are no bounds.
+
+    `bounds` are (lower, upper) of a sum, product or definite integral, (target,) of a limit, and
+    empty for an antiderivative.
+    """
+
+    name: str
+    body: Node
+    variable: str
+    bounds: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Signed:
     """A term behind a plus-minus (`sign` +1) or minus-plus (-1) sign."""
 
@@ -181,6 +195,7 @@ Node: TypeAlias = (
     | Quotient
     | Power
     | Call
+    | Operator
     | Signed
     | Percent
     | Quantity
@@ -196,6 +211,9 @@ Node: TypeAlias = (
 
 COLLECTIONS = (Bracketed, Listing, SetOf, Matrix, Union, Ratio, Relation)
 """Nodes that are not a single value."""
+
+LEAVES = (Number, Numeral, Symbol, Constant, Text)
+"""Nodes without parts."""
 
 INFINITY = Constant("inf")
 MINUS_ONE = Number(Fraction(-1))
@@ -215,6 +233,8 @@ def children(node: Node) -> tuple[Node, ...]:
             return parts
         case Quotient(left, right) | Power(left, right):
             return left, right
+        case Operator(_, body, _, bounds):
+            return body, *bounds
         case Signed(_, operand) | Percent(operand) | Quantity(operand, _):
             return (operand,)
         case Bracketed(_, _, items) | Listing(items) | Ratio(items) | Relation(items, _):
@@ -235,5 +255,13 @@ def walk(node: Node) -> Iterator[Node]:
 
 
 def symbols(node: Node) -> set[str]:
-    """Return the names of the variables of a tree."""
-    return {part.name for part in walk(node) if isinstance(part, Symbol)}
+    """Return the names of the free variables of a tree."""
+    if isinstance(node, Symbol):
+        return {node.name}
+    if isinstance(node, Operator) and node.bounds:
+        inner = symbols(node.body) - {node.variable}
+        return inner.union(*map(symbols, node.bounds))
+    names: set[str] = set()
+    for child in children(node):
+        names |= symbols(child)
+    return names

@@ -1,14 +1,13 @@
-"""Values of expressions: exact Gaussian rationals where possible, many digits otherwise."""
+"""Exact values of expressions: Gaussian rationals with limits on their size."""
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from eapo_fast.rewards.limits import MAX_BITS, MAX_DECIMALS, MAX_FACTORIAL, Meter
+from eapo_fast.rewards.limits import MAX_BITS, MAX_FACTORIAL, Meter
 from eapo_fast.rewards.tree import (
     Call,
     Constant,
@@ -28,11 +27,19 @@ from eapo_fast.rewards.tree import (
 
 
 class Inexact(Exception):
-    """A value is no Gaussian rational: it needs the numeric way."""
+    """A value is no Gaussian rational: it needs another way."""
 
 
 class Undefined(Exception):
     """An expression has no value here (a division by zero, the logarithm of zero)."""
+
+
+class NoMethod(Unreadable):
+    """An operation that these methods do not know, so computer algebra may help."""
+
+
+class TooLarge(Unreadable):
+    """A value has more digits than are computed exactly."""
 
 
 class Gaussian(NamedTuple):
@@ -42,24 +49,19 @@ class Gaussian(NamedTuple):
     im: Fraction = Fraction(0)
 
 
-Point = Mapping[str, Fraction]
-"""Values of the variables; `\\pi` and `\\e` hold the stand-ins of the transcendental constants."""
-
 ZERO = Gaussian(Fraction(0))
 ONE = Gaussian(Fraction(1))
 _UNIT = Gaussian(Fraction(0), Fraction(1))
 
 
-def exact(node: Node, point: Point, meter: Meter) -> Gaussian:
-    """Evaluate a tree exactly.
-
-    `pi` and `e` are transcendental, so in rational expressions they act as variables: `point`
-    gives their stand-ins under the names `\\pi` and `\\e`.
+def exact(node: Node, point: Mapping[str, Fraction], meter: Meter) -> Gaussian:
+    """Evaluate a tree exactly, with the values of its variables from `point`.
 
     Raises:
         Inexact: A root, logarithm or the like is not rational.
         Undefined: A division by zero.
-        Unreadable: A number exceeds `MAX_BITS` or the work exceeds the meter.
+        TooLarge: A number exceeds `MAX_BITS`.
+        Unreadable: The work exceeds the meter.
     """
     match node:
         case Number(value):
@@ -70,8 +72,6 @@ def exact(node: Node, point: Point, meter: Meter) -> Gaussian:
             return Gaussian(point[name])
         case Constant("i"):
             return _UNIT
-        case Constant(("pi" | "e") as name):
-            return Gaussian(point[f"\\{name}"])
         case Sum(terms):
             total = ZERO
             for term in terms:
@@ -96,74 +96,13 @@ def exact(node: Node, point: Point, meter: Meter) -> Gaussian:
     raise Inexact
 
 
-def numeric(node: Node, point: Point, context: Any, meter: Meter) -> Any:
-    """Evaluate a tree with the digits of an `mpmath` context; raises as `exact` does."""
-    meter.spend(10 + context.dps // 10)
-    match node:
-        case Number() | Numeral():
-            value = context.mpf(node.value.numerator) / node.value.denominator
-        case Symbol(name):
-            value = context.mpf(point[name].numerator) / point[name].denominator
-        case Constant("i"):
-            value = context.mpc(0, 1)
-        case Constant(("pi" | "e") as name):
-            value = +getattr(context, name)
-        case Quantity(operand, _):
-            value = numeric(operand, point, context, meter)
-        case Percent(operand):
-            value = numeric(operand, point, context, meter) / 100
-        case Sum(terms):
-            value = context.fsum(numeric(term, point, context, meter) for term in terms)
-        case Product(factors):
-            value = context.fprod(numeric(factor, point, context, meter) for factor in factors)
-        case Quotient(top, bottom):
-            below = numeric(bottom, point, context, meter)
-            if abs(below) < _tiny(context):
-                raise Undefined("division by zero")
-            value = numeric(top, point, context, meter) / below
-        case Power(base, exponent):
-            value = _numeric_power(base, exponent, point, context, meter)
-        case Call(name, arguments):
-            operands = [_radians(a, name, point, context, meter) for a in arguments]
-            value = _numeric_call(name, operands, context)
-        case _:
-            raise Unreadable(f"{type(node).__name__} has no value")
-    return _bounded(value, context)
-
-
-def decimals(node: Node) -> int:
-    """Return how many decimal digits tell this tree from a neighbour of its own size."""
-    return math.ceil(0.302 * _bits(node))
-
-
-def numeric_context(digits: int) -> Any:
-    """Return this thread's `mpmath` context of that many digits.
-
-    Raises:
-        Unreadable: `digits` is above the limit.
-    """
-    if digits > MAX_DECIMALS:
-        raise Unreadable(f"more than {MAX_DECIMALS} digits would be needed")
-    context = getattr(_CONTEXTS, "context", None)
-    if context is None:
-        import mpmath  # type: ignore[import-untyped]
-
-        context = _CONTEXTS.context = mpmath.MPContext()
-    context.dps = digits
-    return context
-
-
-_CONTEXTS = threading.local()
-"""mpmath changes the precision of a context while it works, so threads must not share one."""
-
-
 # Exact arithmetic
 
 
 def _metered(value: Gaussian, meter: Meter) -> Gaussian:
     size = max(_size(value.re), _size(value.im))
     if size > MAX_BITS:
-        raise Unreadable(f"a number of more than {MAX_BITS} bits")
+        raise TooLarge(f"a number of more than {MAX_BITS} bits")
     meter.spend(2 + (size >> 10) ** 2)
     return value
 
@@ -202,7 +141,7 @@ def _exact_power(base: Gaussian, exponent: Gaussian, meter: Meter) -> Gaussian:
     if base in (ZERO, ONE):
         return base
     if count * max(_size(base.re), _size(base.im)) > 2 * MAX_BITS:
-        raise Unreadable(f"a power of more than {MAX_BITS} bits")
+        raise TooLarge(f"a power of more than {MAX_BITS} bits")
     if not base.im:
         return _metered(Gaussian(base.re**count), meter)
     result = ONE
@@ -257,132 +196,45 @@ def _exact_call(name: str, arguments: list[Gaussian], meter: Meter) -> Gaussian:
         if first.im or first.re.denominator != 1 or first.re < 0:
             raise Unreadable("a factorial of what is no natural number")
         if first.re > MAX_FACTORIAL:
-            raise Unreadable(f"a factorial above {MAX_FACTORIAL}")
+            raise TooLarge(f"a factorial above {MAX_FACTORIAL}")
         return _metered(Gaussian(Fraction(math.factorial(int(first.re)))), meter)
+    if name in _OF_RATIONALS and not any(argument.im for argument in arguments):
+        return _metered(Gaussian(_rational_call(name, [a.re for a in arguments])), meter)
     raise Inexact
+
+
+_OF_RATIONALS = frozenset(("floor", "ceil", "max", "min", "gcd", "lcm", "binom"))
+
+
+def _rational_call(name: str, values: list[Fraction]) -> Fraction:
+    if name in ("floor", "ceil"):
+        return Fraction(getattr(math, name)(values[0]))
+    if name in ("max", "min"):
+        return max(values) if name == "max" else min(values)
+    if any(value.denominator != 1 for value in values):
+        raise Inexact
+    whole = [value.numerator for value in values]
+    if name in ("gcd", "lcm"):
+        return Fraction(getattr(math, name)(*whole))
+    if whole[0] < 0 or whole[0] > MAX_FACTORIAL:
+        raise Inexact
+    return Fraction(math.comb(*whole) if whole[1] >= 0 else 0)
 
 
 def _is_degree(value: Gaussian) -> bool:
     return not value.im and value.re.denominator == 1 and 1 <= value.re <= 1000
 
 
-# Many digits
-
-_LARGEST = 20_000
-"""Largest binary exponent of a numeric value."""
-
-
-def _tiny(context: Any) -> Any:
-    return context.ldexp(1, -(3 * context.prec) // 4)
-
-
-def _bounded(value: Any, context: Any) -> Any:
-    if not context.isfinite(value):
-        raise Undefined("not finite")
-    if value and abs(context.mag(value)) > _LARGEST:
-        raise Unreadable("a value out of range")
-    return value
-
-
-def _numeric_power(base: Node, exponent: Node, point: Point, context: Any, meter: Meter) -> Any:
-    lower = numeric(base, point, context, meter)
-    try:
-        power = exact(exponent, point if _is_plain(exponent) else {}, meter)
-    except (Inexact, KeyError):
-        upper = numeric(exponent, point, context, meter)
-    else:
-        degree = power.re.denominator
-        if not power.im and degree > 1 and degree % 2 and _is_negative(lower, context):
-            lower = -lower
-            sign = -1 if power.re.numerator % 2 else 1
-            return sign * lower ** (context.mpf(power.re.numerator) / degree)
-        upper = context.mpf(power.re.numerator) / degree
-        if power.im:
-            upper = numeric(exponent, point, context, meter)
-        elif degree == 1:
-            upper = power.re.numerator
-    if abs(lower) < _tiny(context):
-        if context.re(upper) > 0:
-            return context.zero
-        raise Undefined("a power of zero")
-    if abs(upper) * (2 + abs(context.mag(lower))) > _LARGEST:
-        raise Unreadable("a power out of range")
-    return context.power(lower, upper)
-
-
-def _is_plain(node: Node) -> bool:
-    """Tell whether `exact` may evaluate the node at true values: no `pi` or `e` in it."""
-    if isinstance(node, Constant) and node.name in ("pi", "e"):
-        return False
-    return all(_is_plain(child) for child in children(node))
-
-
-def _is_negative(value: Any, context: Any) -> bool:
-    return bool(abs(context.im(value)) < _tiny(context) and context.re(value) < 0)
-
-
-def _radians(node: Node, name: str, point: Point, context: Any, meter: Meter) -> Any:
-    value = numeric(node, point, context, meter)
-    if isinstance(node, Quantity) and node.unit == "degree" and name in _TRIGONOMETRIC:
-        return value * context.pi / 180
-    return value
-
-
-_TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
-_MPMATH_NAMES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
-_POLES = {"tan": "cos", "sec": "cos", "cot": "sin", "csc": "sin"}
-
-
-def _numeric_call(name: str, arguments: list[Any], context: Any) -> Any:
-    first = arguments[0]
-    if name in ("factorial", "root"):
-        return _numeric_special(name, arguments, context)
-    if name in ("log", "ln", "lg"):
-        return _logarithm(name, arguments, context)
-    if name == "abs":
-        return abs(first)
-    if name == "sqrt":
-        return context.sqrt(first)
-    if abs(first) > _LARGEST // 2:
-        raise Unreadable(f"an argument of {name} out of range")
-    if name in _POLES and abs(getattr(context, _POLES[name])(first)) < _tiny(context):
-        raise Undefined(f"a pole of {name}")
-    return getattr(context, _MPMATH_NAMES.get(name, name))(first)
-
-
-def _numeric_special(name: str, arguments: list[Any], context: Any) -> Any:
-    first = arguments[0]
-    if name == "root":
-        degree = arguments[1]
-        if _is_negative(first, context) and context.isint(degree) and int(degree) % 2:
-            return -((-first) ** (1 / degree))
-        return first ** (1 / degree) if first else first
-    if not context.isint(first) or not 0 <= first <= MAX_FACTORIAL:
-        raise Unreadable("a factorial of what is no natural number")
-    return context.mpf(math.factorial(int(first)))
-
-
-def _logarithm(name: str, arguments: list[Any], context: Any) -> Any:
-    if any(abs(argument) < _tiny(context) for argument in arguments):
-        raise Undefined("a logarithm of zero")
-    value = context.log(arguments[0])
-    if len(arguments) == 1 and name != "lg":
-        return value
-    base = context.log(arguments[1] if len(arguments) > 1 else 10)
-    if abs(base) < _tiny(context):
-        raise Undefined("a logarithm to base one")
-    return value / base
-
-
-def _bits(node: Node) -> int:
+def literal_bits(node: Node) -> int:
+    """Return how many bits the literals of a tree have, with those that powers make of them."""
     match node:
         case Number() | Numeral():
             return _size(node.value)
         case Power(base, exponent):
             degree = abs(exponent.value) if isinstance(exponent, Number) else Fraction(2)
             bound = 1.0 if degree < 1 else float(min(degree, Fraction(MAX_BITS)))
-            return math.ceil((_bits(base) + 2) * bound) + 8
+            return math.ceil((literal_bits(base) + 2) * bound) + 8
         case Call("factorial", (Number(value),)) if value <= MAX_FACTORIAL:
             return math.ceil(float(value) * 13) + 8
         case _:
-            return sum(_bits(child) for child in children(node)) + 4
+            return sum(literal_bits(child) for child in children(node)) + 4

@@ -14,7 +14,7 @@ from eapo_fast.data import check_golds, load_dataset, require_column
 from eapo_fast.engine import SamplingParams
 from eapo_fast.errors import ConfigError
 
-_GOLDS_SHOWN = 5
+_GOLDS_SHOWN = 50
 _GRADED = ("accuracy", "exact", "paper_f1")
 
 

@@ -153,6 +153,7 @@ def generation_metrics(generation: Generation, group_size: int) -> dict[str, flo
     accuracies = [s.accuracy for s in scores if s.accuracy is not None]
     if accuracies:
         metrics["accuracy"] = _mean(accuracies)
+        metrics["accuracy/undecided"] = _mean([float(s.undecided) for s in scores])
     for name in scores[0].parts:
         values = [v for s in scores if (v := s.parts[name]) is not None]
         if values:

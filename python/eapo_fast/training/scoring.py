@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from eapo_fast import rewards
 from eapo_fast.engine import Vocabulary
@@ -17,6 +19,9 @@ from eapo_fast.errors import ConfigError, EapoError
 from eapo_fast.rollout import Rollout
 
 RewardFunction = Callable[..., Any]
+_T = TypeVar("_T")
+_SHARED = ("trainer_state", "log_extra", "log_metric")
+"""Keywords that are not one value per rollout."""
 
 
 class RewardError(EapoError, RuntimeError):
@@ -32,15 +37,20 @@ class Score:
     parts: dict[str, float | None]
     """Value of each reward function; None: does not apply."""
     accuracy: float | None
-    """1 or 0 by `rewards.verify`; None without a gold answer."""
+    """1 or 0 by `rewards.verify` (undecided is 0); None without a gold answer."""
     text: str
     """Policy text."""
     final_turn: str
     """Policy text after the last reply."""
+    undecided: bool = False
+    """Whether `rewards.verify` could not decide."""
 
 
 class Scorer:
-    """Calls TRL-style reward functions, one prompt group at a time, in one background thread.
+    """Calls TRL-style reward functions in the background, one prompt group at a time.
+
+    With `rewards.in_process(function, workers=n)` n groups are scored at once; functions of this
+    process are still called one at a time.
 
     Args:
         functions: reward functions (or names in `eapo_fast.rewards`).
@@ -68,11 +78,13 @@ class Scorer:
         self.trainer_state = trainer_state
         self.metrics: defaultdict[str, list[float]] = defaultdict(list)
         self._pool: ThreadPoolExecutor | None = None
+        self._turn = threading.Lock()
 
     def submit(self, group: Sequence[Rollout], row: Mapping[str, Any]) -> Future[list[Score]]:
         """Score a complete prompt group in the background."""
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eapo-reward")
+            threads = max(getattr(function, "workers", 1) for function in self.functions)
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="eapo-reward")
         return self._pool.submit(self.score, group, row)
 
     def score(self, group: Sequence[Rollout], row: Mapping[str, Any]) -> list[Score]:
@@ -88,13 +100,10 @@ class Scorer:
         texts = [r.policy_text(self.vocabulary.plain_text) for r in group]
         finals = [r.final_turn(self.vocabulary.plain_text) for r in group]
         keywords = self._keywords(group, row, texts, finals)
-        columns = [
-            self._call(name, function, keywords, len(group))
-            for name, function in zip(self.names, self.functions, strict=True)
-        ]
-        accuracies = [self._accuracy(final, row) for final in finals]
+        columns = _run(self._columns(keywords, group))
+        verdicts = [self._verdict(final, row) for final in finals]
         return [
-            self._joined([c[i] for c in columns], accuracies[i], texts[i], finals[i])
+            self._joined([c[i] for c in columns], verdicts[i], texts[i], finals[i])
             for i in range(len(group))
         ]
 
@@ -121,34 +130,62 @@ class Scorer:
             "log_metric": lambda name, value: self.metrics[name].append(float(value)),
         }
 
-    def _call(
-        self, name: str, function: RewardFunction, keywords: dict[str, Any], n: int
+    async def _columns(
+        self, keywords: dict[str, Any], group: Sequence[Rollout]
+    ) -> list[list[float | None]]:
+        """Call every function; asynchronous ones (and those in processes) run side by side."""
+        calls = [
+            self._call(name, function, keywords, group)
+            for name, function in zip(self.names, self.functions, strict=True)
+        ]
+        return list(await asyncio.gather(*calls))
+
+    async def _call(
+        self,
+        name: str,
+        function: RewardFunction,
+        keywords: dict[str, Any],
+        group: Sequence[Rollout],
     ) -> list[float | None]:
-        where = f"reward function {name!r} on prompt {_short(keywords['prompts'][0])}"
+        prompt = _short(keywords["prompts"][0])
+        where = f"reward function {name!r} on prompt {prompt} (row {group[0].prompt_id})"
+        start = time.perf_counter()
         try:
-            values = function(**keywords)
-            if inspect.isawaitable(values):
-                values = asyncio.run(_awaited(values))
+            with self._turn:
+                values = function(**keywords)
+            values = await values if inspect.isawaitable(values) else values
         except Exception as error:
-            raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
+            culprit = await _culprit(function, keywords, group)
+            raise RewardError(f"{where}{culprit} raised {type(error).__name__}: {error}") from error
+        self.metrics[f"perf/reward/{name}_s"].append(time.perf_counter() - start)
         values = values.tolist() if hasattr(values, "tolist") else values
-        if not isinstance(values, Sequence) or len(values) != n:
+        if not isinstance(values, Sequence) or len(values) != len(group):
             got = len(values) if isinstance(values, Sequence) else type(values).__name__
-            raise RewardError(f"{where} returned {got} values, expected one for each of {n}")
+            raise RewardError(
+                f"{where} returned {got} values, expected one for each of {len(group)}"
+            )
         return [None if v is None else float(v) for v in values]
 
-    def _accuracy(self, final_turn: str, row: Mapping[str, Any]) -> float | None:
+    def _verdict(self, final_turn: str, row: Mapping[str, Any]) -> rewards.Verdict | None:
         gold = row.get("answer")
-        if gold is None:
-            return None
-        return float(rewards.verify(final_turn, str(gold)).status == "correct")
+        return None if gold is None else rewards.verify(final_turn, str(gold))
 
     def _joined(
-        self, values: Sequence[float | None], accuracy: float | None, text: str, final: str
+        self,
+        values: Sequence[float | None],
+        verdict: rewards.Verdict | None,
+        text: str,
+        final: str,
     ) -> Score:
         weighted = [w * v for w, v in zip(self.weights, values, strict=True) if v is not None]
-        total = math.fsum(weighted) if weighted else math.nan
-        return Score(total, dict(zip(self.names, values, strict=True)), accuracy, text, final)
+        return Score(
+            reward=math.fsum(weighted) if weighted else math.nan,
+            parts=dict(zip(self.names, values, strict=True)),
+            accuracy=None if verdict is None else float(verdict.correct),
+            text=text,
+            final_turn=final,
+            undecided=verdict is not None and verdict.status == "undecided",
+        )
 
 
 def reward_name(function: RewardFunction) -> str:
@@ -160,8 +197,31 @@ def _resolve(function: RewardFunction | str) -> RewardFunction:
     return rewards.get(function) if isinstance(function, str) else function
 
 
-async def _awaited(value: Any) -> Any:
-    return await value
+def _run(columns: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine to its end, in another thread when this one has a loop (a notebook's)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(columns)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, columns).result()
+
+
+async def _culprit(
+    function: RewardFunction, keywords: dict[str, Any], group: Sequence[Rollout]
+) -> str:
+    """Name the first rollout on which the function fails when it gets that one alone."""
+    for index, rollout in enumerate(group):
+        single = {
+            name: value[index : index + 1] if name not in _SHARED else value
+            for name, value in keywords.items()
+        }
+        try:
+            values = function(**single)
+            _ = await values if inspect.isawaitable(values) else values
+        except Exception:
+            return f", rollout {rollout.sample_index} of {len(group)},"
+    return ""
 
 
 def _short(prompt: Any) -> str:
