@@ -74,8 +74,8 @@ struct Bounds {
 
 // One register of tokens.
 struct Tokens {
-  F logprob, old_logprob, ref_logprob, entropy, factor;
-  I live;
+  F logprob = {}, old_logprob = {}, ref_logprob = {}, entropy = {}, factor = {};
+  I live = {};
 };
 
 template <Surrogate kSurrogate>

@@ -15,6 +15,10 @@
 #include "cpu/parallel.h"
 #include "cpu/targets.h"
 
+#if EAPO_X86
+#include <immintrin.h>
+#endif
+
 namespace eapo::cpu {
 namespace {
 
