@@ -29,7 +29,6 @@ def test_the_trial_measures_and_sums_up(make_model: Callable[..., Any]) -> None:
     assert found.difference is not None
     assert found.difference < 1e-5
     assert found.kv_elements == 2 * 2 * 4 * 12  # layers, keys and values, heads, width of keys
-    assert found.vocab_size == make_model("deepseek_v3").config.vocab_size
 
 
 def test_values_may_be_wider_than_keys(make_model: Callable[..., Any]) -> None:

@@ -41,8 +41,6 @@ _TF32_TOLERANCE = 0.03
 class PagedModel:
     """What a trial found out about a model."""
 
-    vocab_size: int
-    """Width of the logits."""
     windows: Mapping[CallKey, int]
     """Sliding windows that only the model's masks know: for `PagedStep.windows`."""
     kv_elements: int
@@ -78,8 +76,7 @@ def paged_model(model: PreTrainedModel, block_size: int = 16) -> PagedModel:
 
 
 def _try(model: PreTrainedModel, block_size: int) -> PagedModel:
-    size = vocab_size(model)
-    sequences = _sequences(model, size, block_size)
+    sequences = _sequences(model, vocab_size(model), block_size)
     own = [_own_logits(model, sequence) for sequence in sequences]
     calls = attention_calls(model, sequences[0].unsqueeze(0), context_limit(model))
     problems = [
@@ -103,7 +100,6 @@ def _try(model: PreTrainedModel, block_size: int) -> PagedModel:
         )
         raise _refused(model, measured, suspects(model, calls))
     return PagedModel(
-        vocab_size=own[0].shape[-1],
         windows=windows,
         kv_elements=sum(2 * call.kv_heads * call.width for call in calls),
         difference=difference,
