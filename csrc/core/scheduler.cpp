@@ -89,6 +89,7 @@ bool Scheduler::inject(SeqId seq, std::span<const TokenId> ids) {
   require_token_ids(ids);
   const std::size_t length = row.tokens.size() + ids.size();
   if (row.out_of_policy_tokens() || length + 1 > static_cast<std::size_t>(max_context_)) {
+    lengths_.add(row);
     retire(row, "length");
     return false;
   }

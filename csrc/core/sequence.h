@@ -57,8 +57,8 @@ enum class Place : std::uint8_t { kNone, kBatch, kInjected, kReady, kWaiting, kP
 // One row: its tokens and what is known about them, its KV blocks, its matcher states.
 //
 // Between plans `blocks` cover exactly the first `computed` tokens, and computed < length() while
-// the row is unfinished (the KV of the newest token is never there yet). Host blocks continue behind
-// them, with a hole between if device blocks were dropped later.
+// the row is unfinished (the KV of the newest token is never there yet). Host blocks continue
+// behind them, with a hole between if device blocks were dropped later.
 struct Sequence {
   SeqId id;
   int sample;  // index in the group

@@ -191,7 +191,7 @@ def test_without_a_free_host_block_the_tail_is_dropped():
     assert second.positions.tolist() == [19, 20]
 
 
-def test_thousands_of_rows_with_random_waits_finish_through_a_small_pool():
+def test_rows_with_random_waits_finish_through_a_small_pool_and_a_smaller_host():
     rng = np.random.default_rng(3)
     harness = Harness(Shape(num_blocks=40, host_blocks=16, max_batch=16, max_step_tokens=64))
     for prompt_id in range(40):

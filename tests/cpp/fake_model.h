@@ -43,8 +43,8 @@ class FakeCache {
         device_(static_cast<std::size_t>(num_blocks) * block_size),
         host_(static_cast<std::size_t>(host_blocks) * block_size) {}
 
-  // Moves blocks as the plan says, then writes the KV of its tokens, each from the KV that the row's
-  // block table has for the token before.
+  // Moves blocks as the plan says, then writes the KV of its tokens, each from the KV that the
+  // row's block table has for the token before.
   void forward(const StepPlan& plan, std::uint64_t epoch) {
     move(plan);
     for (int row = 0; row < plan.num_rows(); ++row) {

@@ -2,8 +2,8 @@
 //
 //     test_scheduler_random [--operations 100000] [--seeds 3] [--first-seed 0]
 //
-// After every operation Scheduler::check() walks all rows, blocks and lists: the pools are small, so
-// that it is cheap. Every plan runs on a fake cache and every event is compared with LoneRow's.
+// After every operation Scheduler::check() walks all rows, blocks and lists; it is cheap, as pools
+// are small. Every plan runs on a fake cache and every event is compared with LoneRow's.
 
 #include <algorithm>
 #include <cstdlib>
