@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import time
 from collections import Counter
@@ -157,6 +158,15 @@ def test_pairs() -> list[tuple[str, str]]:
     ]
 
 
+def machine() -> str:
+    """Return processor, core count and Python version."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
+    return (
+        f"{name or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
+
+
 def main() -> None:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -164,7 +174,7 @@ def main() -> None:
     parser.add_argument("--peer-limit", type=int, default=None, help="pairs timed with the peer")
     options = parser.parse_args()
     gsm, maths = load_pairs("gsm8k_test.jsonl"), load_pairs("math500.jsonl")
-    report: dict[str, Any] = {"machine": f"{platform.processor()} {platform.python_version()}"}
+    report: dict[str, Any] = {"machine": machine()}
     for name, pairs in (("gsm8k", gsm), ("math500", maths)):
         report[f"{name} values"] = check(pairs, shifted(pairs))
     passes = {

@@ -95,6 +95,18 @@ def settle(
     return None
 
 
+def apart(a: Node, b: Node, point: Mapping[str, Fraction], meter: Meter) -> bool:
+    """Tell, at little cost, whether two expressions certainly differ at a point."""
+    import flint
+
+    with _lock, flint.ctx.workprec(_PRECISIONS[0]):
+        balls = _Balls(flint, point, meter, _PRECISIONS[0])
+        try:
+            return not (balls.value(a) - balls.value(b)).contains(0)
+        except Undefined:
+            return False
+
+
 def _exponent(magnitude: Any, *, zero: int) -> int:
     """Return e with `2^(e-1) <= magnitude < 2^e` for an exact non-negative number."""
     mantissa, exponent = magnitude.man_exp()

@@ -170,11 +170,12 @@ def _agree(a: Node, b: Node, arena: Arena) -> Outcome:
     names = symbols(a) | symbols(b)
     if not names:
         return _agree_as_constants(a, b, arena)
-    try:
-        if _is_identity(a, b, arena):
-            return Outcome(True, "the same rational function")
-    except Undefined as reason:
-        return Outcome(None, f"undefined: {reason}")
+    if not balls.apart(a, b, arena.point(names, 0), arena.meter):
+        try:
+            if _is_identity(a, b, arena):
+                return Outcome(True, "the same rational function")
+        except Undefined as reason:
+            return Outcome(None, f"undefined: {reason}")
     outcome = _agree_at_points(a, b, names, arena)
     if not outcome.equal and names & _WHOLE_NAMES and _agree_for_whole(a, b, names, arena):
         return Outcome(True, "equal for whole numbers")
@@ -194,6 +195,8 @@ def _agree_as_constants(a: Node, b: Node, arena: Arena) -> Outcome:
     except TooLarge as reason:
         too_large = reason
     try:
+        if balls.apart(a, b, {}, arena.meter):
+            return _verdict(False)
         if _is_identity(a, b, arena):
             return Outcome(True, "equal values")
         bits = balls.settle(a, b, {}, arena.meter, separation_bits(a, b))

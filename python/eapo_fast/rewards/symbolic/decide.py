@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import sympy as sp
@@ -129,8 +130,8 @@ def _as_set(node: Node, builder: Builder) -> Any:
             return _as_set(sides[1], builder)
         case Relation(sides, operators):
             values = [builder.build(side) for side in sides]
-            pairs = [_RELATIONS[name](values[i], values[i + 1]) for i, name in enumerate(operators)]
-            return sp.And(*pairs).as_set()
+            pairs = zip(operators, pairwise(values), strict=True)
+            return reduce(sp.Intersection, [_solutions(name, *pair) for name, pair in pairs])
         case Bracketed(opening, closing, (lower, upper)):
             ends = builder.build(lower), builder.build(upper)
             return sp.Interval(*ends, opening == "(", closing == ")")
@@ -139,6 +140,17 @@ def _as_set(node: Node, builder: Builder) -> Any:
         case Union(parts) | Listing(parts, False):
             return reduce(sp.Union, [_as_set(part, builder) for part in parts])
     raise NotBuilt(f"{type(node).__name__.lower()} is no set of numbers")
+
+
+def _solutions(name: str, left: Any, right: Any) -> Any:
+    """Return the real numbers for which a relation of one variable holds."""
+    relation = _RELATIONS[name](left, right)
+    if relation in (sp.true, sp.false):
+        return sp.S.Reals if relation == sp.true else sp.EmptySet
+    solutions = sp.solveset(relation, *relation.free_symbols, domain=sp.S.Reals)
+    if solutions.has(sp.ConditionSet):
+        raise NotBuilt("an inequality that is not solved")
+    return solutions
 
 
 def _compare_sets(left: Any, right: Any) -> Outcome:
