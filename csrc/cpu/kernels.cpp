@@ -8,9 +8,14 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/attention_fetch.h"
+#include "cpu/attention_plan.h"
 #include "cpu/parallel.h"
 #include "cpu/tables.h"
 #include "cpu/targets.h"
+#if EAPO_X86
+#include <immintrin.h>
+#endif
 
 namespace eapo::cpu {
 
@@ -69,6 +74,18 @@ namespace avx512 {
 #undef EAPO_LANES
 }  // namespace avx512
 EAPO_END_TARGET
+
+// avx512 whose attention multiplies pairs of bfloat16.
+EAPO_BEGIN_AVX512BF16
+namespace avx512bf16 {
+#define EAPO_LANES 16
+#define EAPO_PAIR_DOTS 1
+#include "cpu/vec-inl.h"
+#include "cpu/attention-inl.h"
+#undef EAPO_PAIR_DOTS
+#undef EAPO_LANES
+}  // namespace avx512bf16
+EAPO_END_TARGET
 #endif
 
 }  // namespace
@@ -79,6 +96,7 @@ const std::vector<KernelTable>& compiled_tables() {
 #if EAPO_X86
       {"avx2", avx2::sample, avx2::paged_attention},
       {"avx512", avx512::sample, avx512::paged_attention},
+      {"avx512bf16", avx512::sample, avx512bf16::paged_attention},
 #endif
   };
   return tables;
