@@ -12,7 +12,7 @@ import torch
 
 from eapo_fast import _core
 
-KNOWN = ["scalar", "avx2", "avx512"]
+KNOWN = ["scalar", "avx2", "avx512", "avx512bf16"]
 
 FORKING = """
 import os, torch

@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <string>
 #include <unordered_set>
@@ -102,39 +103,95 @@ void sample(py::handle logits_, py::handle sample_rows_, py::handle temperatures
   cpu::kernels().sample(args);
 }
 
-// cu_q rises from 0 to T, no segment asks for more queries than keys, and every block is in range.
+// Whether every value is in [0, limit); an unsigned comparison that vectorises.
+bool in_range(const int32_t* values, int64_t count, int64_t limit) {
+  bool bad = false;
+  for (int64_t i = 0; i < count; ++i) bad |= static_cast<uint32_t>(values[i]) >= limit;
+  return !bad;
+}
+
+// cu_q rises from 0 to T, no segment with keys asks for more queries than those, and every block is
+// in range. A segment without keys is padding.
 void check_segments(const cpu::AttentionArgs& args, int64_t table_width) {
   require(args.cu_q[0] == 0 && args.cu_q[args.segments] == args.tokens, "cu_q must run from 0 to ",
           args.tokens, " (the rows of q), got ", args.cu_q[0], " to ", args.cu_q[args.segments]);
   for (int64_t s = 0; s < args.segments; ++s) {
     const int64_t queries = int64_t{args.cu_q[s + 1]} - args.cu_q[s], keys = args.kv_lens[s];
-    require(queries >= 0 && queries <= keys, "segment ", s, " has ", queries,
-            " query rows (cu_q) and ", keys, " keys (kv_lens), want 0 <= rows <= keys");
+    require(queries >= 0 && keys >= 0 && (queries <= keys || keys == 0), "segment ", s, " has ",
+            queries, " query rows (cu_q) and ", keys,
+            " keys (kv_lens), want 0 <= rows <= keys, or no keys for rows of padding");
     const int64_t used = (keys + args.block_size - 1) / args.block_size;
     require(used <= table_width, "segment ", s, " needs ", used, " blocks for ", keys,
             " keys, but block_tables has ", table_width, " columns");
-    for (int64_t b = 0; b < used; ++b) {
-      const int32_t block = args.block_tables[s * args.table_stride + b];
-      require(block >= 0 && block < args.blocks, "block_tables[", s, ", ", b, "] is ", block,
-              ", but the cache has ", args.blocks, " blocks");
+    const int32_t* blocks = args.block_tables + s * args.table_stride;
+    if (in_range(blocks, used, args.blocks)) continue;
+    int64_t b = 0;
+    while (in_range(blocks + b, 1, args.blocks)) ++b;
+    require(false, "block_tables[", s, ", ", b, "] is ", blocks[b], ", but the cache has ",
+            args.blocks, " blocks");
+  }
+}
+
+void check_slots(const cpu::AttentionArgs& args) {
+  const int64_t limit = args.blocks * args.block_size;
+  for (int64_t i = 0; i < args.tokens; ++i)
+    require(args.slots[i] < limit, "slots[", i, "] is ", args.slots[i], ", but there are ", limit,
+            " slots in the cache (negative: not written)");
+}
+
+// Spans ascend, and their segments have one query row, enough keys and the same first blocks.
+void check_shared(const cpu::AttentionArgs& args) {
+  int64_t free = 0;
+  for (int64_t p = 0; p < args.spans; ++p) {
+    const int64_t first = args.shared_spans[2 * p], count = args.shared_spans[2 * p + 1];
+    require(first >= free && count > 0 && first + count <= args.segments, "shared spans[", p,
+            "] is (", first, ", ", count, "), want ascending runs of the ", args.segments,
+            " segments that do not overlap");
+    free = first + count;
+    const int64_t keys = args.shared_lens[p];
+    require(keys >= 0 && keys % args.block_size == 0, "shared lens[", p, "] is ", keys,
+            ", want a multiple of the block size ", args.block_size);
+    const int32_t* blocks = args.block_tables + first * args.table_stride;
+    for (int64_t s = first; s < free; ++s) {
+      require(args.cu_q[s + 1] - args.cu_q[s] == 1 && args.kv_lens[s] >= keys, "segment ", s,
+              " of shared spans[", p, "] has ", args.cu_q[s + 1] - args.cu_q[s], " query rows and ",
+              args.kv_lens[s], " keys, want one row and at least the ", keys, " shared keys");
+      require(std::equal(blocks, blocks + keys / args.block_size,
+                         args.block_tables + s * args.table_stride),
+              "segment ", s, " of shared spans[", p, "] does not begin with the ",
+              keys / args.block_size, " blocks of segment ", first);
     }
   }
+}
+
+// The sinks as fp32; empty when there are none.
+std::vector<float> sink_logits(py::handle object, const TensorView& q) {
+  if (object.is_none()) return {};
+  const TensorView sinks(object, "sinks");
+  if (!sinks.is_float32()) sinks.expect_same_dtype(q);
+  sinks.expect_shape({q.size(1)}).expect_contiguous();
+  if (sinks.is_float32()) return {sinks.as<float>(), sinks.as<float>() + sinks.numel()};
+  std::vector<float> values;
+  for (int64_t h = 0; h < sinks.numel(); ++h)
+    values.push_back(std::bit_cast<float>(uint32_t{sinks.as<uint16_t>()[h]} << 16));
+  return values;
 }
 
 void paged_attention(py::handle q_, py::handle k_, py::handle v_, py::handle k_cache_,
                      py::handle v_cache_, py::handle slots_, py::handle cu_q_, py::handle kv_lens_,
                      py::handle block_tables_, float scale, float softcap, int64_t window,
+                     py::handle sinks_, py::handle shared_spans_, py::handle shared_lens_,
                      py::handle out_) {
   const TensorView q(q_, "q"), k(k_, "k"), v(v_, "v"), k_cache(k_cache_, "k_cache"),
       v_cache(v_cache_, "v_cache"), slots(slots_, "slots"), cu_q(cu_q_, "cu_q"),
       kv_lens(kv_lens_, "kv_lens"), block_tables(block_tables_, "block_tables"), out(out_, "out");
-  q.expect_float32_or_bfloat16().expect_shape({kAny, kAny, kAny}).expect_packed_rows();
+  q.expect_float32_or_bfloat16().expect_shape({kAny, kAny, kAny}).expect_packed_columns();
   k_cache.expect_same_dtype(q).expect_shape({kAny, kAny, kAny, q.size(2)}).expect_contiguous();
   const int64_t tokens = q.size(0), heads = k_cache.size(2), dim = q.size(2);
   v_cache.expect_same_dtype(q).expect_contiguous().expect_shape(
       {k_cache.size(0), k_cache.size(1), heads, dim});
-  k.expect_same_dtype(q).expect_shape({tokens, heads, dim}).expect_packed_rows();
-  v.expect_same_dtype(q).expect_shape({tokens, heads, dim}).expect_packed_rows();
+  k.expect_same_dtype(q).expect_shape({tokens, heads, dim}).expect_packed_columns();
+  v.expect_same_dtype(q).expect_shape({tokens, heads, dim}).expect_packed_columns();
   out.expect_same_dtype(q).expect_shape({tokens, q.size(1), dim}).expect_contiguous();
   require(heads > 0 && q.size(1) % heads == 0, "q has ", q.size(1),
           " heads, want a multiple of the ", heads, " heads of k_cache");
@@ -143,7 +200,8 @@ void paged_attention(py::handle q_, py::handle k_, py::handle v_, py::handle k_c
   kv_lens.expect<int32_t>().expect_shape({kAny}).expect_contiguous();
   const int64_t segments = kv_lens.size(0);
   block_tables.expect<int32_t>().expect_shape({segments, kAny}).expect_packed_rows();
-  const cpu::AttentionArgs args{
+  const std::vector<float> sinks = sink_logits(sinks_, q);
+  cpu::AttentionArgs args{
       .storage = storage_of(q),
       .tokens = tokens,
       .segments = segments,
@@ -156,6 +214,9 @@ void paged_attention(py::handle q_, py::handle k_, py::handle v_, py::handle k_c
       .q_stride = q.stride(0),
       .k_stride = k.stride(0),
       .v_stride = v.stride(0),
+      .q_head_stride = q.stride(1),
+      .k_head_stride = k.stride(1),
+      .v_head_stride = v.stride(1),
       .k_cache = k_cache.data(),
       .v_cache = v_cache.data(),
       .blocks = k_cache.size(0),
@@ -168,10 +229,22 @@ void paged_attention(py::handle q_, py::handle k_, py::handle v_, py::handle k_c
       .scale = scale,
       .softcap = softcap,
       .window = window,
+      .sinks = sinks.empty() ? nullptr : sinks.data(),
+      .spans = 0,
+      .shared_spans = nullptr,
+      .shared_lens = nullptr,
       .out = out.data(),
   };
-  check_indices<int64_t>(slots, args.blocks * args.block_size, "slots in the cache");
+  check_slots(args);
   check_segments(args, block_tables.size(1));
+  if (!shared_spans_.is_none()) {
+    const TensorView spans(shared_spans_, "shared spans"), lens(shared_lens_, "shared lens");
+    spans.expect<int32_t>().expect_shape({kAny, 2}).expect_contiguous();
+    args.spans = spans.size(0);
+    args.shared_spans = spans.as<int32_t>();
+    args.shared_lens = vector_of<int32_t>(lens, args.spans);
+    check_shared(args);
+  }
   const py::gil_scoped_release unlocked;
   cpu::kernels().paged_attention(args);
 }
@@ -225,7 +298,8 @@ void bind_cpu(py::module_& m) {
   m.def("paged_attention", &paged_attention, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"), py::arg("cu_q"),
         py::arg("kv_lens"), py::arg("block_tables"), py::arg("scale"), py::arg("softcap"),
-        py::arg("window"), py::arg("out"));
+        py::arg("window"), py::arg("sinks"), py::arg("shared_spans"), py::arg("shared_lens"),
+        py::arg("out"));
   m.def("copy_blocks", &copy_blocks, py::arg("cache"), py::arg("copies"));
   m.def("group_advantages", &group_advantages, py::arg("rewards"), py::arg("group_ids"),
         py::arg("center"), py::arg("scale"), py::arg("lengths"), py::arg("eps"), py::arg("ddof"),

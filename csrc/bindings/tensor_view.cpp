@@ -152,6 +152,12 @@ const TensorView& TensorView::expect_packed_rows() const {
   return *this;
 }
 
+const TensorView& TensorView::expect_packed_columns() const {
+  if (size(ndim() - 1) != 1 && stride(ndim() - 1) != 1 && numel() != 0)
+    fail("the last dimension packed (call .contiguous())");
+  return *this;
+}
+
 const TensorView& TensorView::expect_dtype(int code, int bits) const {
   if (!has_dtype(code, bits))
     throw py::type_error(std::string(name_) + ": want " + dtype_text(code, bits) + ", got " +

@@ -50,6 +50,8 @@ class TensorView {
   const TensorView& expect_contiguous() const;
   // Every dimension but the first is packed; the rows may lie apart (a slice of a wider tensor).
   const TensorView& expect_packed_rows() const;
+  // The last dimension is packed; the others may be strided.
+  const TensorView& expect_packed_columns() const;
   template <typename T>
   const TensorView& expect() const;
 

@@ -19,6 +19,7 @@ std::string joined(const std::vector<std::string>& names) {
 bool runs_here(const std::string& isa) {
 #if EAPO_X86
   __builtin_cpu_init();
+  if (isa == "avx512bf16") return runs_here("avx512") && __builtin_cpu_supports("avx512bf16");
   if (isa == "avx512")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/attention_fetch.h"
+#include "cpu/attention_plan.h"
 #include "cpu/bfloat16.h"
 #include "cpu/parallel.h"
 #include "cpu/tables.h"
@@ -73,6 +75,18 @@ namespace avx512 {
 #undef EAPO_LANES
 }  // namespace avx512
 EAPO_END_TARGET
+
+// avx512 whose attention multiplies pairs of bfloat16.
+EAPO_BEGIN_AVX512BF16
+namespace avx512bf16 {
+#define EAPO_LANES 16
+#define EAPO_PAIR_DOTS 1
+#include "cpu/vec-inl.h"
+#include "cpu/attention-inl.h"
+#undef EAPO_PAIR_DOTS
+#undef EAPO_LANES
+}  // namespace avx512bf16
+EAPO_END_TARGET
 #endif
 
 }  // namespace
@@ -85,6 +99,8 @@ const std::vector<KernelTable>& compiled_tables() {
       {"avx2", avx2::sample, avx2::paged_attention, avx2::rms_norm, avx2::gated_activation,
        avx2::rotary},
       {"avx512", avx512::sample, avx512::paged_attention, avx512::rms_norm,
+       avx512::gated_activation, avx512::rotary},
+      {"avx512bf16", avx512::sample, avx512bf16::paged_attention, avx512::rms_norm,
        avx512::gated_activation, avx512::rotary},
 #endif
   };

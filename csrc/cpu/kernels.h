@@ -35,17 +35,22 @@ struct AttentionArgs {
   int64_t tokens;                   // T
   int64_t segments;                 // S
   int64_t q_heads, kv_heads, dim;   // q_heads is a multiple of kv_heads
-  const void *q, *k, *v;            // rows of q_stride, k_stride, v_stride elements
-  int64_t q_stride, k_stride, v_stride;
+  const void *q, *k, *v;            // [T, heads, dim]; the elements of a head are packed
+  int64_t q_stride, k_stride, v_stride;                 // of tokens
+  int64_t q_head_stride, k_head_stride, v_head_stride;  // of heads
   void *k_cache, *v_cache;          // [blocks, block_size, kv_heads, dim]
   int64_t blocks, block_size;
-  const int64_t* slots;             // [T] block * block_size + offset
+  const int64_t* slots;             // [T] block * block_size + offset; negative: not written
   const int32_t* cu_q;              // [S + 1]
-  const int32_t* kv_lens;           // [S], this step's tokens included
+  const int32_t* kv_lens;           // [S], this step's tokens included; 0: the rows are padding
   const int32_t* block_tables;      // [S, table_stride]
   int64_t table_stride;
   float scale, softcap;             // softcap 0: off
   int64_t window;                   // keys seen by a row, itself included; 0: all
+  const float* sinks;               // [q_heads] logits that join the softmax; null: none
+  int64_t spans;                    // P
+  const int32_t* shared_spans;      // [P, 2] first segment, segments: ascending, one row each
+  const int32_t* shared_lens;       // [P] keys that the span's segments have in the same blocks
   void* out;                        // [T, q_heads, dim] contiguous
 };
 
@@ -86,6 +91,9 @@ struct RotaryArgs {
   int64_t angle_batches;  // batches or 1
   void* out;              // [batches, tokens, heads, dim] contiguous
 };
+
+// Writes k and v into the cache.
+void write_kv(const AttentionArgs& args);
 
 // Group-relative advantages; kernels/group_advantages/reference.py gives the formulas.
 // Double accumulation in the order of the rollouts; one thread, the same on every instruction set.

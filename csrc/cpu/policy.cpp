@@ -56,6 +56,7 @@ constexpr std::pair<std::string_view, Block> kBlocks[] = {
 #if EAPO_X86
     {"avx2", avx2::policy_block},
     {"avx512", avx512::policy_block},
+    {"avx512bf16", avx512::policy_block},
 #endif
 };
 

@@ -9,18 +9,25 @@
 #define EAPO_X86 0
 #endif
 
+// avx512bw and avx512dq imply avx512f, which implies avx2; a _Pragma takes one literal.
 #if defined(__clang__)
 #define EAPO_BEGIN_AVX2 \
   _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
-#define EAPO_BEGIN_AVX512                                                                     \
-  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl," \
-          "avx2,fma\"))), apply_to = function)")
+#define EAPO_BEGIN_AVX512                                                            \
+  _Pragma(                                                                           \
+      "clang attribute push(__attribute__((target(\"avx512bw,avx512dq,avx512vl,fma\"))), apply_to = function)")
+#define EAPO_BEGIN_AVX512BF16                                                        \
+  _Pragma(                                                                           \
+      "clang attribute push(__attribute__((target(\"avx512bf16,avx512bw,avx512dq,avx512vl,fma\"))), apply_to = function)")
 #define EAPO_END_TARGET _Pragma("clang attribute pop")
 #else
 #define EAPO_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
 #define EAPO_BEGIN_AVX512          \
   _Pragma("GCC push_options")      \
-      _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512\")")
+      _Pragma("GCC target(\"avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512\")")
+#define EAPO_BEGIN_AVX512BF16 \
+  _Pragma("GCC push_options") _Pragma( \
+      "GCC target(\"avx512bf16,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512\")")
 #define EAPO_END_TARGET _Pragma("GCC pop_options")
 #endif
 

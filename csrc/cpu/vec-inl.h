@@ -59,12 +59,16 @@ EAPO_INLINE F load_first(const T* p, int64_t n, T fill) {
 
 EAPO_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 
-// Round to nearest even; NaN stays NaN.
-EAPO_INLINE void store(BFloat16* p, F v) {
+// Rounded to nearest even, in the low half of each lane; NaN stays NaN.
+EAPO_INLINE U bfloat16_bits(F v) {
   const U bits = (U)v;
   const U rounded = (bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16;
   const U quiet = (bits >> 16) | 0x40u;
-  const H h = __builtin_convertvector(v != v ? quiet : rounded, H);
+  return v != v ? quiet : rounded;
+}
+
+EAPO_INLINE void store(BFloat16* p, F v) {
+  const H h = __builtin_convertvector(bfloat16_bits(v), H);
   std::memcpy(p, &h, sizeof h);
 }
 

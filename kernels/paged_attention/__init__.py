@@ -81,8 +81,24 @@ def paged_attention(
         )
     follow_torch_threads()
     out = torch.empty(q.shape, dtype=q.dtype)
+    spans, lens = shared or (None, None)
     _core.paged_attention(
-        q, k, v, k_cache, v_cache, slots, cu_q, kv_lens, block_tables, scale, softcap, window, out
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        slots,
+        cu_q,
+        kv_lens,
+        block_tables,
+        scale,
+        softcap,
+        window,
+        sinks,
+        spans,
+        lens,
+        out,
     )
     return out
 

@@ -23,15 +23,19 @@ PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 40, 41, 42, 43]
 def decode_plan(rows: int, blocks: int = 1, spans: Any = ()) -> Any:
     """A plan of `rows` decode rows in their last block, of block size 4.
 
-    They share `spans` of (first segment, segments, tokens).
+    They share `spans` of (first segment, segments, tokens), the last block excepted.
     """
     table = np.array(spans, dtype=np.int32).reshape(-1, 3)
+    blocks_of = np.tile(np.arange(rows, dtype=np.int32)[:, None], (1, blocks))
+    for first, segments, tokens in spans:
+        assert tokens < 4 * blocks
+        blocks_of[first : first + segments, : tokens // 4] = first
     return SimpleNamespace(
         input_ids=np.arange(5, 5 + rows),
         positions=np.full(rows, 4 * blocks - 1),
         slots=4 * np.arange(rows) + 3,
         kv_lens=np.full(rows, 4 * blocks, dtype=np.int32),
-        block_tables=np.tile(np.arange(rows, dtype=np.int32)[:, None], (1, blocks)),
+        block_tables=blocks_of,
         logits_rows=np.arange(rows),
         shared_spans=table[:, :2],
         shared_lens=table[:, 2],
@@ -100,7 +104,7 @@ def test_shared_prefixes_reach_attention(
 
     monkeypatch.setattr(attention, "paged_attention", note)
     graphs = DecodeGraphs(make_model(), PagedCache(8, 4), windows={}, capture=False)
-    graphs.forward(decode_plan(7, blocks=2, spans=[(0, 2, 4), (2, 3, 8), (5, 2, 4)]))
+    graphs.forward(decode_plan(7, blocks=3, spans=[(0, 2, 4), (2, 3, 8), (5, 2, 4)]))
     graphs.forward(decode_plan(7, blocks=2))
     (spans, lens), longest = given[0]
     assert spans.tolist() == [[0, 2], [2, 3], [5, 2]]
@@ -148,15 +152,15 @@ def test_one_capture_for_each_size(recorded: Any) -> None:
     graphs.forward(decode_plan(4, blocks=9))
     graphs.forward(decode_plan(4, blocks=16))
     assert recorder.records == 3
-    graphs.forward(decode_plan(4, spans=[(0, 2, 4)]))
+    graphs.forward(decode_plan(4, blocks=2, spans=[(0, 2, 4)]))
     assert recorder.records == 4
     assert graphs.capture
 
 
 def test_captured_spans_are_padded_with_empty_ones(recorded: Any) -> None:
     _, graphs, _ = recorded
-    graphs.forward(decode_plan(8, spans=[(0, 2, 4), (2, 2, 4), (4, 2, 4), (6, 2, 4)]))
-    graphs.forward(decode_plan(8, spans=[(0, 2, 4), (2, 2, 4), (4, 2, 4)]))
+    graphs.forward(decode_plan(8, blocks=2, spans=[(0, 2, 4), (2, 2, 4), (4, 2, 4), (6, 2, 4)]))
+    graphs.forward(decode_plan(8, blocks=2, spans=[(0, 2, 4), (2, 2, 4), (4, 2, 4)]))
     (buffers,) = graphs._buffers.values()
     assert buffers.shared_spans.tolist() == [[0, 2], [2, 2], [4, 2], [0, 0]]
     assert buffers.shared_lens.tolist() == [4, 4, 4, 0]

@@ -178,7 +178,6 @@ def _attend(
         sinks=sinks,
         shared=step.shared,
         longest=step.longest,
-        backend="reference" if sinks is not None and query.device.type == "cpu" else "auto",
     )
     return out[..., :value_width].unsqueeze(0), None
 
