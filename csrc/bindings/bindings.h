@@ -10,4 +10,7 @@ void bind_core(pybind11::module_& m);
 // ISA choice, threads and the CPU kernels.
 void bind_cpu(pybind11::module_& m);
 
+// The CPU kernels of the LM-head losses.
+void bind_loss(pybind11::module_& m);
+
 }  // namespace eapo

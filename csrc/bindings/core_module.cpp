@@ -5,4 +5,5 @@ PYBIND11_MODULE(_core, m) {
   m.attr("__version__") = EAPO_FAST_VERSION;
   eapo::bind_core(m);
   eapo::bind_cpu(m);
+  eapo::bind_loss(m);
 }

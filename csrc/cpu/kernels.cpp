@@ -8,16 +8,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/bfloat16.h"
 #include "cpu/parallel.h"
 #include "cpu/tables.h"
 #include "cpu/targets.h"
 
 namespace eapo::cpu {
-
-// Bit pattern of a bfloat16; converted by the vector loads and stores only.
-struct BFloat16 {
-  uint16_t bits;
-};
 
 namespace {
 
