@@ -68,12 +68,9 @@ def linear_policy_loss(
     refusals: dict[str, Refusal] = {"cpu": lambda x: _cpu_refusal(x, recipe)}
     chosen = choose_backend("linear_policy_loss", backend, refusals, hidden)
     stats = dict(batch.stats or {})
-    text = recipe.to_json()
-    names = operator.metric_names(
-        text,
-        batch.ref_logprob is not None,
-        tuple((name, values.ndim) for name, values in stats.items()),
-    )
+    text = operator.described(recipe)
+    dims = " ".join(f"{name}:{values.ndim}" for name, values in stats.items())
+    names = operator.metric_names(text, batch.ref_logprob is not None, dims)
     rows, ids = (None, None) if banned is None else banned
     loss, metrics, a, b, c, token_loss, *_ = operator.policy_loss(
         hidden,

@@ -131,18 +131,23 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[6:])
-    ctx.wanted = inputs[-3:]
+    ctx.stats, ctx.wanted = len(inputs[9]), inputs[-3:]
 
 
 @once_differentiable
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 9 + ([],) + (None,) * 16
-    hidden, weight, bias = (
+        return (None, None, None)
+    return tuple(
         _scaled(gradient, upstream) if want else None
         for gradient, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
-    return (hidden, weight, None, bias, *[None] * 5, [], *[None] * 16)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
+    hidden, weight, bias = _gradients(ctx, upstream)
+    of_stats: list[None] = [None] * ctx.stats
+    return (hidden, weight, None, bias, *[None] * 5, of_stats, *[None] * 16)
 
 
 policy_loss.register_autograd(_backward, setup_context=_setup)
@@ -161,19 +166,36 @@ def parsed(recipe: str) -> Recipe:
     return Recipe.from_json(recipe)
 
 
-@lru_cache(maxsize=256)
-def metric_names(recipe: str, reference: bool, stats: tuple[tuple[str, int], ...]) -> str:
+@torch.compiler.assume_constant_result
+def described(recipe: Recipe) -> str:
+    """Return the recipe as JSON, in one step for `torch.compile`."""
+    return _json(recipe)
+
+
+@lru_cache(maxsize=64)
+def _json(recipe: Recipe) -> str:
+    return recipe.to_json()
+
+
+@torch.compiler.assume_constant_result
+def metric_names(recipe: str, reference: bool, stats: str) -> str:
     """Return the names of the metrics, as those of a batch without rows.
 
-    `stats` says which statistics are given, and how many dimensions each has.
+    `stats` lists the statistics that are given, with their number of dimensions: "weight:1".
     """
+    return _names(recipe, reference, stats)
+
+
+@lru_cache(maxsize=256)
+def _names(recipe: str, reference: bool, stats: str) -> str:
     none = torch.zeros(0)
+    dims = (entry.split(":") for entry in stats.split())
     batch = PolicyBatch(
         old_logprob=none,
         advantages=none,
         cu_seqlens=torch.zeros(1, dtype=torch.int64),
         ref_logprob=none if reference else None,
-        stats={name: torch.zeros([0] * dims) for name, dims in stats},
+        stats={name: torch.zeros([0] * int(count)) for name, count in dims},
     )
     method = parsed(recipe)
     truncated = none if method.entropy_target else None
