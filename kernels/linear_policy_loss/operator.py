@@ -166,7 +166,7 @@ def parsed(recipe: str) -> Recipe:
     return Recipe.from_json(recipe)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def described(recipe: Recipe) -> str:
     """Return the recipe as JSON, in one step for `torch.compile`."""
     return _json(recipe)
@@ -177,7 +177,7 @@ def _json(recipe: Recipe) -> str:
     return recipe.to_json()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def metric_names(recipe: str, reference: bool, stats: str) -> str:
     """Return the names of the metrics, as those of a batch without rows.
 
