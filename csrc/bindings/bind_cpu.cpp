@@ -243,6 +243,7 @@ void paged_attention(py::handle q_, py::handle k_, py::handle v_, py::handle k_c
     args.spans = spans.size(0);
     args.shared_spans = spans.as<int32_t>();
     args.shared_lens = vector_of<int32_t>(lens, args.spans);
+    while (args.spans > 0 && args.shared_spans[2 * args.spans - 1] == 0) --args.spans;  // padding
     check_shared(args);
   }
   const py::gil_scoped_release unlocked;

@@ -14,5 +14,7 @@ void bind_cpu(pybind11::module_& m);
 void bind_layers(pybind11::module_& m);
 // The CPU kernel of the policy losses.
 void bind_policy(pybind11::module_& m);
+// The CPU kernels of the LM-head losses.
+void bind_loss(pybind11::module_& m);
 
 }  // namespace eapo

@@ -7,4 +7,5 @@ PYBIND11_MODULE(_core, m) {
   eapo::bind_cpu(m);
   eapo::bind_layers(m);
   eapo::bind_policy(m);
+  eapo::bind_loss(m);
 }

@@ -30,6 +30,7 @@ class TensorView {
   bool has_dtype(int code, int bits) const {
     return tensor_.dtype.code == code && tensor_.dtype.bits == bits && tensor_.dtype.lanes == 1;
   }
+  int64_t element_bytes() const { return tensor_.dtype.bits * tensor_.dtype.lanes / 8; }
   std::string dtype_name() const;
   std::string shape_text() const;
   std::string device_text() const;

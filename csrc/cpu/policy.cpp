@@ -56,15 +56,14 @@ constexpr std::pair<std::string_view, Block> kBlocks[] = {
 #if EAPO_X86
     {"avx2", avx2::policy_block},
     {"avx512", avx512::policy_block},
-    {"avx512bf16", avx512::policy_block},
 #endif
 };
 
-// The body of the instruction set in use.
+// The body of the instruction set in use, or of the one that it extends (avx512bf16: avx512).
 Block block_of_isa() {
   const std::string_view isa = kernels().isa;
   for (const auto& [name, block] : kBlocks)
-    if (name == isa) return block;
+    if (isa.starts_with(name)) return block;
   throw std::logic_error("the policy losses were not built for " + std::string(isa));
 }
 

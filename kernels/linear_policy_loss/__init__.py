@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eapo_fast.errors import suggest
 from eapo_fast.kernels.backend import Refusal, choose_backend
-from eapo_fast.kernels.checks import FLOATS, INTEGERS, check_tensor, compute_dtype
-from eapo_fast.kernels.linear_policy_loss import reference
-from eapo_fast.kernels.linear_token_stats import check_head
-from eapo_fast.kernels.policy_loss import LossOutput, PolicyBatch
-from eapo_fast.kernels.policy_loss.rows import Rows, check_batch, trained_rows
+from eapo_fast.kernels.checks import FLOATS, check_tensor
+from eapo_fast.kernels.linear_policy_loss import operator
+from eapo_fast.kernels.linear_policy_loss.plans import PLANS
+from eapo_fast.kernels.linear_token_stats import REFUSALS, check_head
+from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch
 from eapo_fast.recipes import Recipe
 
 __all__ = ["linear_policy_loss"]
-
-_REFUSALS: dict[str, Refusal] = {}
 
 
 def linear_policy_loss(
@@ -31,13 +30,14 @@ def linear_policy_loss(
     vocab_size: int | None = None,
     banned: tuple[Tensor, Tensor] | None = None,
     chunk_size: int | None = None,
+    plan: str = "auto",
     backend: str = "auto",
 ) -> LossOutput:
     """Return `policy_loss` of the tokens `targets` under the LM head, differentiable in the head.
 
     The gradient in `hidden`, `weight` and `bias` is exact; rows whose mask is 0 never enter the
-    head (their hidden states and targets may hold anything) and get gradient 0. Three matrix
-    products of n x H x V for token-local recipes, four for others, n being the masked-in rows.
+    head (their hidden states and targets may hold anything) and get gradient 0. On a CPU, rows
+    whose coefficients are 0 (no advantage, or clipped) take no part in the gradient.
 
     Args:
         hidden: [N, H] states that predict `targets`; float32, float64, bfloat16 or float16.
@@ -47,38 +47,81 @@ def linear_policy_loss(
         recipe: what to compute; see `Recipe`.
         bias, temperature, softcap, vocab_size, banned, chunk_size, backend: as in
             `linear_token_stats`; `banned` counts all N rows.
+        plan: matrix products of n x H x V, for n masked-in rows. "slab": three; a slab of logits
+            becomes its gradient as soon as the coefficients of its rows are known, which takes
+            whole sequences for a sequence-level recipe and the whole batch for a batch-global one.
+            "prepass": four; the log-probabilities of all rows come first, so that memory does not
+            depend on the recipe. "scale": two, for a head without gradients and a recipe without
+            entropy terms. "auto": "slab" where slabs of `chunk_size` rows can hold what the recipe
+            looks at, else "scale" where it can be had, else "prepass". All give the same.
 
-    Raises `ValueError` for arguments that do not fit and for a backend that cannot run here.
+    Raises `ValueError` for arguments that do not fit and for a backend that cannot run here;
+    `NonFiniteError`, on a CPU, for a token whose logits are not finite.
     """
     check_tensor("hidden", hidden, ["N", "H"], FLOATS)
-    check_tensor("targets", targets, [len(hidden)], INTEGERS, hidden.device)
-    check_batch(batch, recipe, len(hidden), hidden.device)
-    choose_backend("linear_policy_loss", backend, _REFUSALS, hidden)
-    rows = trained_rows(batch, recipe, compute_dtype(hidden.dtype))
-    hidden, targets = rows.gather(hidden), rows.gather(targets).long()
-    banned = _banned_of(rows, banned)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe: got {recipe!r}, a Recipe is needed; see recipes.get(name)")
     check_head(hidden, weight, targets, bias, temperature, softcap, vocab_size, banned, chunk_size)
-    return reference.linear_policy_loss(
+    if plan not in PLANS:
+        allowed = ", ".join(PLANS)
+        raise ValueError(f"plan: got {plan!r}, allowed is one of {allowed}.{suggest(plan, PLANS)}")
+    refusals: dict[str, Refusal] = {"cpu": lambda x: _cpu_refusal(x, recipe)}
+    chosen = choose_backend("linear_policy_loss", backend, refusals, hidden)
+    stats = dict(batch.stats or {})
+    text = operator.described(recipe)
+    dims = " ".join(f"{name}:{values.ndim}" for name, values in stats.items())
+    names = operator.metric_names(text, batch.ref_logprob is not None, dims)
+    rows, ids = (None, None) if banned is None else banned
+    loss, metrics, a, b, c, token_loss, *_ = operator.policy_loss(
         hidden,
         weight,
         targets,
+        bias,
+        batch.old_logprob,
+        batch.advantages,
+        batch.cu_seqlens,
+        batch.mask,
+        batch.ref_logprob,
+        list(stats.values()),
+        " ".join(stats),
+        _count(batch.num_tokens),
+        _count(batch.num_sequences),
+        text,
+        names,
+        float(temperature),
+        softcap,
+        len(weight) if vocab_size is None else vocab_size,
         rows,
-        recipe,
-        bias=bias,
-        temperature=float(temperature),
-        softcap=softcap,
-        vocab_size=vocab_size or len(weight),
-        banned=banned,
-        chunk_size=chunk_size,
+        ids,
+        chunk_size,
+        plan,
+        chosen,
+        *(
+            x is not None and x.requires_grad and torch.is_grad_enabled()
+            for x in (hidden, weight, bias)
+        ),
+    )
+    return LossOutput(
+        loss=loss,
+        metrics=dict(zip(names.split(), metrics.unbind(0), strict=True)),
+        a=a,
+        b=b,
+        c=c if recipe.entropy_target else None,
+        token_loss=token_loss,
     )
 
 
-def _banned_of(rows: Rows, banned: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-    """Renumber banned entries by trained row; those of other rows drop out."""
-    if banned is None or rows.index is None:
-        return banned
-    place = rows.index.new_full((rows.total,), -1)
-    place[rows.index] = torch.arange(len(rows.index), device=place.device)
-    at = place[banned[0].long()]
-    kept = at >= 0
-    return at[kept], banned[1][kept]
+def _trained(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _cpu_refusal(hidden: Tensor, recipe: Recipe) -> str | None:
+    if recipe.entropy_target is not None:
+        return (
+            f"recipe {recipe.name!r} reads the truncated entropy, which only 'reference' computes"
+        )
+    return REFUSALS["cpu"](hidden)
+
+
+def _count(given: int | Tensor | None) -> Tensor | None:
+    return torch.tensor(given) if isinstance(given, int) else given

@@ -9,18 +9,17 @@ from torch import Tensor
 
 from eapo_fast.errors import suggest
 from eapo_fast.kernels.backend import Refusal, choose_backend
-from eapo_fast.kernels.checks import (
-    FLOATS,
-    INTEGERS,
-    check_range,
-    check_tensor,
-)
-from eapo_fast.kernels.linear_token_stats import reference
-from eapo_fast.kernels.linear_token_stats.reference import EXTRAS
+from eapo_fast.kernels.checks import FLOATS, INTEGERS, check_tensor
+from eapo_fast.kernels.linear_token_stats.finite import NonFiniteError
+from eapo_fast.kernels.linear_token_stats.operator import token_stats
+from eapo_fast.kernels.native import cpu_refusal
 
-__all__ = ["TokenStats", "check_head", "linear_token_stats"]
+__all__ = ["EXTRAS", "REFUSALS", "NonFiniteError", "TokenStats", "check_head", "linear_token_stats"]
 
-_REFUSALS: dict[str, Refusal] = {}
+EXTRAS = ("max_logprob", "sum_p2", "sum_p3")
+"""Statistics on request, not differentiable: ln of the largest p, sum of p^2, sum of p^3."""
+REFUSALS: dict[str, Refusal] = {"cpu": cpu_refusal}
+"""The backends of an LM head, and why one cannot run on given hidden states."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -65,10 +64,14 @@ def linear_token_stats(
         vocab_size: real vocabulary where `weight` is padded; rows behind it are never read.
         banned: (rows, ids), [B] integers each: entries with probability 0.
         extras: further statistics, of "max_logprob" (of the likeliest token), "sum_p2", "sum_p3".
-        chunk_size: rows a chunk; None: 2**25 logits.
-        backend: "auto" or "reference".
+        chunk_size: rows a chunk; None: as many as are fast and cost little memory.
+        backend: "auto", "cpu" or "reference".
 
-    Raises `ValueError` for arguments that do not fit and for a backend that cannot run here.
+    bfloat16 on "cpu": the logits of a row are rounded relative to that of its target, so that
+    log-probabilities err by at most 2**-8 (H - ln p(target)); "reference" widens everything.
+
+    Raises `ValueError` for arguments that do not fit and for a backend that cannot run here;
+    `NonFiniteError`, on a CPU, for a token whose logits are not finite.
     """
     check_head(hidden, weight, targets, bias, temperature, softcap, vocab_size, banned, chunk_size)
     for extra in extras:
@@ -77,20 +80,23 @@ def linear_token_stats(
             raise ValueError(
                 f"extras: got {extra!r}, allowed are {allowed}.{suggest(str(extra), EXTRAS)}"
             )
-    choose_backend("linear_token_stats", backend, _REFUSALS, hidden)
-    logprob, entropy, *rest = reference.linear_token_stats(
+    chosen = choose_backend("linear_token_stats", backend, REFUSALS, hidden)
+    rows, ids = (None, None) if banned is None else banned
+    logprob, entropy, further, _ = token_stats(
         hidden,
         weight,
-        targets.long(),
-        bias=bias,
-        temperature=float(temperature),
-        softcap=softcap,
-        vocab_size=vocab_size or len(weight),
-        banned=banned,
-        extras=tuple(extras),
-        chunk_size=chunk_size,
+        targets,
+        bias,
+        float(temperature),
+        softcap,
+        len(weight) if vocab_size is None else vocab_size,
+        rows,
+        ids,
+        " ".join(extras),
+        chunk_size,
+        chosen,
     )
-    named = dict(zip(extras, rest, strict=True))
+    named = dict(zip(extras, further.unbind(0), strict=True))
     return TokenStats(logprob=logprob, entropy=entropy, extras=named)
 
 
@@ -105,11 +111,11 @@ def check_head(
     banned: tuple[Tensor, Tensor] | None,
     chunk_size: int | None,
 ) -> None:
-    """Raise `ValueError` unless the arguments describe an LM head and its rows."""
+    """Raise `ValueError` unless the arguments describe an LM head; looks at no values."""
     check_tensor("hidden", hidden, ["N", "H"], FLOATS)
     (rows, width), device = hidden.shape, hidden.device
-    check_tensor("weight", weight, ["V", width], [hidden.dtype], device)
     check_tensor("targets", targets, [rows], INTEGERS, device)
+    check_tensor("weight", weight, ["V", width], [hidden.dtype], device)
     if bias is not None:
         check_tensor("bias", bias, [len(weight)], FLOATS, device)
     if not 0 < temperature < float("inf"):
@@ -121,15 +127,8 @@ def check_head(
         raise ValueError(f"vocab_size: got {vocab_size!r}, allowed is 1 to {len(weight)} (weight)")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size!r}, allowed is 1 or more rows, or None")
-    check_range("targets", targets, vocab)
     if banned is not None:
-        _check_banned(banned, rows, vocab, hidden)
-
-
-def _check_banned(banned: tuple[Tensor, Tensor], rows: int, vocab: int, hidden: Tensor) -> None:
-    if len(banned) != 2:
-        raise ValueError(f"banned: got {len(banned)} items, allowed is a pair (rows, ids)")
-    check_tensor("banned rows", banned[0], ["B"], INTEGERS, hidden.device)
-    check_tensor("banned ids", banned[1], list(banned[0].shape), INTEGERS, hidden.device)
-    check_range("banned rows", banned[0], rows)
-    check_range("banned ids", banned[1], vocab)
+        if len(banned) != 2:
+            raise ValueError(f"banned: got {len(banned)} items, allowed is a pair (rows, ids)")
+        check_tensor("banned rows", banned[0], ["B"], INTEGERS, device)
+        check_tensor("banned ids", banned[1], list(banned[0].shape), INTEGERS, device)

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from eapo_fast.kernels.checks import compute_dtype
 
-CHUNK_ELEMENTS = 1 << 25
-"""Logits alive at once when no chunk size is asked for: 128 MiB in float32."""
 _VOCAB_TILE = 8192
 """Rows of a low-precision weight that are widened to float32 at once."""
 
@@ -50,12 +48,6 @@ class Head:
     def dtype(self) -> torch.dtype:
         """Dtype of logits and gradients: float64 for a float64 weight, else float32."""
         return compute_dtype(self.weight.dtype)
-
-    def chunks(self, rows: int, chunk_size: int | None) -> Iterator[tuple[int, int]]:
-        """Cut `rows` rows into (start, stop) pieces of `chunk_size` rows."""
-        size = chunk_size or max(1, CHUNK_ELEMENTS // self.weight.shape[0])
-        for start in range(0, rows, size):
-            yield start, min(start + size, rows)
 
     @_exact
     def logits(self, hidden: Tensor, start: int) -> tuple[Tensor, Tensor | None]:

@@ -1,19 +1,16 @@
-"""Token statistics of an LM head in plain torch, chunk by chunk.
+"""An LM head and its rows in plain torch, chunk after chunk of whole rows of logits.
 
-Forward saves hidden, weight, targets and three numbers a row; backward recomputes the logits. With
-upstream gradients a = dL/dlogprob and b = dL/dentropy the gradient of the logits is
-`a (onehot - p) + b (-p (ln p + H))`.
+With upstream gradients a = dL/dlogprob and b = dL/dentropy the gradient of a row's logits is
+`a (onehot - p) + b (-p (ln p + H))`, and with c = dL/d(truncated entropy Ht) further
+`c (-q (ln q + Ht))` on the kept tokens, whose renormalised probabilities are q.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from eapo_fast.kernels.linear_token_stats.coefficients import Coefficients
 from eapo_fast.kernels.linear_token_stats.head import (
     Head,
     logit_gradient,
@@ -21,144 +18,163 @@ from eapo_fast.kernels.linear_token_stats.head import (
     plogp,
     renormalise,
 )
+from eapo_fast.kernels.truncated_entropy.reference import kept_tokens, truncated_entropy
 
-EXTRAS = ("max_logprob", "sum_p2", "sum_p3")
-"""Statistics on request, not differentiable: ln of the largest p, sum of p^2, sum of p^3."""
-
-
-def linear_token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
-    banned: tuple[Tensor, Tensor] | None,
-    extras: tuple[str, ...],
-    chunk_size: int | None,
-) -> tuple[Tensor, ...]:
-    """Return logprob [N], entropy [N], then one [N] for each of `extras`; arguments are checked."""
-    settings = (temperature, softcap, vocab_size, sort_banned(banned), extras, chunk_size)
-    results = _Stats.apply(hidden, weight, bias, targets, settings)  # type: ignore[no-untyped-call]
-    return cast(tuple[Tensor, ...], results)
+CHUNK_ELEMENTS = 1 << 25
+"""Logits alive at once when no chunk size is asked for: 128 MiB in float32."""
+STATE = 5
+"""Numbers in the state of a row."""
 
 
-def sort_banned(banned: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-    """Order (rows, ids) by row, as `Head` wants them."""
-    if banned is None:
-        return None
-    rows, order = banned[0].long().sort(stable=True)
-    return rows, banned[1].long()[order]
+class TorchHead:
+    """Statistics of n rows and their gradients, in float32 or, for float64 inputs, in float64.
 
-
-class _Stats(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        settings: tuple[Any, ...],
-    ) -> tuple[Tensor, ...]:
-        *_, extras, chunk_size = settings
-        head = _head(weight, bias, settings)
-        out = hidden.new_empty(2 + len(extras), len(hidden), dtype=head.dtype)
-        peak, log_sum = torch.empty_like(out[0]), torch.empty_like(out[0])
-        for start, stop in head.chunks(len(hidden), chunk_size):
-            z, _ = head.logits(hidden[start:stop], start)
-            log_p, peak[start:stop], log_sum[start:stop] = normalise(z)
-            _fill(out[:, start:stop], log_p, targets[start:stop], extras)
-        ctx.settings = settings
-        ctx.save_for_backward(hidden, weight, bias, targets, peak, log_sum, out[1])
-        ctx.set_materialize_grads(False)
-        results = tuple(row.clone() for row in out)
-        ctx.mark_non_differentiable(*results[2:])
-        return results
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        a, b = upstream[:2]
-        if a is None and b is None:
-            return (None,) * 5
-        hidden, weight, bias, targets, peak, log_sum, entropy = ctx.saved_tensors
-        head = _head(weight, bias, ctx.settings)
-        grads = Gradients(hidden, weight, bias, head, ctx.needs_input_grad[:3])
-        if a is None:
-            a = torch.zeros_like(peak)
-        for start, stop in head.chunks(len(hidden), ctx.settings[-1]):
-            part = slice(start, stop)
-            z, slope = head.logits(hidden[part], start)
-            log_p = renormalise(z, peak[part], log_sum[part])
-            own_b = None if b is None else b[part]
-            dz = logit_gradient(a[part], own_b, log_p, entropy[part], targets[part])
-            grads.add(dz, slope, part)
-        return (*grads.rounded(), None, None)
-
-
-class Gradients:
-    """Gradients of hidden, weight and bias, summed over chunks in the dtype of the head."""
+    `read` fills `logprob` and `entropy`, `push` and `replay` add to the gradients that are wanted.
+    `state` [n, 5] holds peak, log of the sum, entropy, sum p^2 and sum p^3 of each row.
+    """
 
     def __init__(
         self,
         hidden: Tensor,
         weight: Tensor,
+        targets: Tensor,
+        *,
         bias: Tensor | None,
-        head: Head,
-        wanted: tuple[bool, ...],
+        temperature: float,
+        softcap: float | None,
+        vocab_size: int,
+        banned: tuple[Tensor, Tensor] | None,
+        chunk_size: int | None,
+        wanted: tuple[bool, bool, bool] = (False, False, False),
+        state: Tensor | None = None,
     ) -> None:
-        inputs = (hidden, weight, bias)
-        self.head, self.source = head, hidden
-        self.dtypes = [None if x is None else x.dtype for x in inputs]
-        self.hidden, self.weight, self.bias = (
-            torch.zeros(x.shape, dtype=head.dtype, device=x.device)
-            if x is not None and want
-            else None
-            for x, want in zip(inputs, wanted, strict=True)
+        self.head = Head(
+            weight=weight[:vocab_size],
+            bias=None if bias is None else bias[:vocab_size],
+            temperature=temperature,
+            softcap=softcap,
+            banned=_sorted(banned),
         )
+        dtype = self.head.dtype
+        self.source, self.targets, self.chunk_size = hidden, targets, chunk_size
+        self.state = hidden.new_empty(len(hidden), STATE, dtype=dtype) if state is None else state
+        self.logprob = hidden.new_empty(len(hidden), dtype=dtype)
+        inputs = (hidden, weight, bias)
+        self._dtypes = [None if x is None else x.dtype for x in inputs]
+        self._totals = [
+            x.new_zeros(x.shape, dtype=dtype) if x is not None and want else None
+            for x, want in zip(inputs, wanted, strict=True)
+        ]
+        self.truncation: tuple[float, int] | None = None
+        """If set: (top_p, top_k) of the truncated entropy [n] that `read` then fills in."""
+        self.truncated: Tensor | None = None
+        self._kept: tuple[Tensor, Tensor | None] | None = None
 
-    def add(self, dz: Tensor, slope: Tensor | None, rows: slice) -> None:
-        """Add the share of `rows`, whose logit gradient is `dz` (overwritten)."""
+    @property
+    def entropy(self) -> Tensor:
+        """[n] in nats, of rows read so far."""
+        return self.state[:, 2]
+
+    def slab_rows(self, *, keep: bool) -> int:
+        """Return how many rows of logits are made at once."""
+        return self.chunk_size or max(1, CHUNK_ELEMENTS // len(self.head.weight))
+
+    def read(self, start: int, stop: int, *, keep: bool, powers: bool = False) -> None:
+        """Compute the statistics of rows start ... stop; `push` needs `keep`."""
+        rows = slice(start, stop)
+        z, slope = self.head.logits(self.source[rows], start)
+        log_p, self.state[rows, 0], self.state[rows, 1] = normalise(z)
+        self.logprob[rows] = log_p.gather(1, self.targets[rows, None]).squeeze(1)
+        if self.truncation is not None:
+            if self.truncated is None:
+                self.truncated = torch.empty_like(self.logprob)
+            _, self.truncated[rows] = truncated_entropy(log_p, self._kept_tokens(log_p))
+        p = log_p.exp()
+        if powers:
+            self.state[rows, 3], self.state[rows, 4] = p.square().sum(1), p.pow(3).sum(1)
+        self.state[rows, 2] = plogp(log_p.clone() if keep else log_p, p).sum(1).neg_()
+        self._kept = (log_p, slope) if keep else None
+
+    def push(self, start: int, stop: int, slopes: Coefficients) -> None:
+        """Add the gradients of rows start ... stop, the last ones read, given their coefficients.
+
+        Rows whose coefficients are 0 take no part.
+        """
+        assert self._kept is not None
+        self._add(start, *self._kept, slopes)
+
+    def replay(self, start: int, stop: int, slopes: Coefficients) -> None:
+        """Add the gradients of rows start ... stop, read before, computing their logits again."""
+        size = self.slab_rows(keep=False)
+        for first in range(start, stop, size):
+            rows = slice(first, min(first + size, stop))
+            z, slope = self.head.logits(self.source[rows], first)
+            log_p = renormalise(z, self.state[rows, 0], self.state[rows, 1])
+            self._add(first, log_p, slope, slopes.of(slice(first - start, rows.stop - start)))
+
+    def scale_hidden(self, factors: Tensor) -> None:
+        """Multiply the gradient of each hidden state by its factor [n]."""
+        total = self._totals[0]
+        assert total is not None
+        total *= factors[:, None]
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of hidden, weight and bias, rounded once; None where not wanted."""
+        hidden, weight, bias = (
+            None if total is None or dtype is None else total.to(dtype)
+            for total, dtype in zip(self._totals, self._dtypes, strict=True)
+        )
+        return hidden, weight, bias
+
+    def extra(self, name: str) -> Tensor:
+        """Return a further statistic [n] of rows read with `powers`."""
+        _, log_sum, _, sum_p2, sum_p3 = self.state.unbind(1)
+        return {"max_logprob": -log_sum, "sum_p2": sum_p2, "sum_p3": sum_p3}[name]
+
+    def close(self) -> None:
+        """Give memory back; the head is of no use afterwards."""
+        self._kept = None
+
+    def _add(self, start: int, log_p: Tensor, slope: Tensor | None, slopes: Coefficients) -> None:
+        rows: slice | Tensor = slice(start, start + len(log_p))
+        active = slopes.active()
+        if active is not None:
+            rows, log_p, slopes = start + active, log_p[active], slopes.of(active)
+            slope = None if slope is None else slope[active]
+        extra = None if slopes.c is None else self._truncated_gradient(slopes.c, log_p)
+        dz = logit_gradient(slopes.a, slopes.b, log_p, self.entropy[rows], self.targets[rows])
+        if extra is not None:
+            dz += extra
+        to_hidden, to_weight, to_bias = self._totals
         vocab = len(self.head.weight)
+        own = None if to_hidden is None else to_hidden[rows]
         self.head.accumulate(
             dz,
             slope,
             self.source[rows],
-            None if self.hidden is None else self.hidden[rows],
-            None if self.weight is None else self.weight[:vocab],
-            None if self.bias is None else self.bias[:vocab],
+            own,
+            None if to_weight is None else to_weight[:vocab],
+            None if to_bias is None else to_bias[:vocab],
         )
+        if to_hidden is not None and own is not None:
+            to_hidden[rows] = own
 
-    def rounded(self) -> list[Tensor | None]:
-        """Return the three gradients in the dtypes of their inputs; None where not wanted."""
-        totals = (self.hidden, self.weight, self.bias)
-        return [
-            None if total is None or dtype is None else total.to(dtype)
-            for total, dtype in zip(totals, self.dtypes, strict=True)
-        ]
+    def _kept_tokens(self, log_p: Tensor) -> Tensor:
+        assert self.truncation is not None
+        top_p, top_k = self.truncation
+        return kept_tokens(log_p, top_p=top_p, top_k=top_k, min_p=None)
 
-
-def _head(weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Head:
-    temperature, softcap, vocab_size, banned, *_ = settings
-    return Head(
-        weight=weight[:vocab_size],
-        bias=None if bias is None else bias[:vocab_size],
-        temperature=temperature,
-        softcap=softcap,
-        banned=banned,
-    )
+    def _truncated_gradient(self, c: Tensor, log_p: Tensor) -> Tensor:
+        kept = self._kept_tokens(log_p)
+        mass, entropy = truncated_entropy(log_p, kept)
+        log_q = torch.where(kept, log_p - mass.log()[:, None], 0.0)
+        q = torch.where(kept, log_q.exp(), 0.0)
+        return q.mul_(log_q.add_(entropy[:, None])).mul_(-c[:, None])
 
 
-def _fill(out: Tensor, log_p: Tensor, targets: Tensor, extras: tuple[str, ...]) -> None:
-    """Write the statistics of a chunk into out [2 + extras, R]; `log_p` is overwritten."""
-    out[0] = log_p.gather(1, targets[:, None]).squeeze(1)
-    p = log_p.exp()
-    for row, extra in enumerate(extras, start=2):
-        if extra == "max_logprob":
-            out[row] = log_p.amax(1)
-        else:
-            out[row] = p.pow(2 if extra == "sum_p2" else 3).sum(1)
-    out[1] = plogp(log_p, p).sum(1).neg_()
+def _sorted(banned: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """Order (rows, ids) by row, as `Head` wants them."""
+    if banned is None:
+        return None
+    rows, order = banned[0].long().sort(stable=True)
+    return rows, banned[1].long()[order]

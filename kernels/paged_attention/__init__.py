@@ -55,7 +55,8 @@ def paged_attention(
             has no value.
         shared: (spans [P, 2] int32: first segment and number of segments; lens [P] int32). The
             segments of a span have one query row each and begin with the same `lens` tokens, a
-            multiple of the block size, in the same blocks. Speed only: they are read once.
+            multiple of the block size, in the same blocks. Speed only: they are read once. Spans
+            without segments at the end are padding.
         longest: most query rows and most keys of a segment; spares a GPU the wait for their values.
         backend: "auto", "reference" (any device) or "cpu".
 

@@ -421,3 +421,42 @@ def policy_loss(
     sums: Tensor,
 ) -> None:
     """Fill a, b, token_loss [N] and sums (float64) from float32 vectors; see csrc/cpu/policy.h."""
+
+LOSS_BLOCK: int
+"""Columns that share a reference: see csrc/cpu/loss.h."""
+LOSS_STATE: int
+"""Numbers in the state of a row: max, mass, moment, target, mass2, mass3."""
+
+def absorb_logits(
+    logits: Tensor,
+    column: int,
+    targets: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    own: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ban_starts: Tensor | None,
+    ban_ids: Tensor | None,
+    state: Tensor | None,
+    powers: bool,
+    out: Tensor | None,
+    references: Tensor | None,
+) -> None: ...
+def logit_gradient(
+    tile: Tensor,
+    column: int,
+    references: Tensor,
+    state: Tensor,
+    targets: Tensor,
+    source: Tensor,
+    target: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    temperature: float,
+    softcap: float,
+) -> None: ...
+def fill_rows(out: Tensor, values: Tensor) -> None: ...
+def add_to_planes(high: Tensor, low: Tensor, addend: Tensor) -> None: ...
+def round_planes(high: Tensor, low: Tensor) -> None: ...
+def advise_huge_pages(tensor: Tensor) -> None: ...

@@ -51,7 +51,7 @@ _PARTS: dict[str, type[Data]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, weakref_slot=True)  # torch.compile watches it
 class Recipe(Data):
     """One policy-optimization method. Raises `ConfigError` for a value or pair that cannot work.
 

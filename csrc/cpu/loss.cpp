@@ -1,0 +1,101 @@
+#include "cpu/loss.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/bfloat16.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+#include "cpu/targets.h"
+
+#if EAPO_X86
+#include <immintrin.h>
+#endif
+
+namespace eapo::cpu {
+namespace {
+
+namespace scalar {
+#define EAPO_LANES 4
+#include "cpu/vec-inl.h"
+#include "cpu/loss-inl.h"
+#undef EAPO_LANES
+}  // namespace scalar
+
+#if EAPO_X86
+EAPO_BEGIN_AVX2
+namespace avx2 {
+#define EAPO_LANES 8
+#include "cpu/vec-inl.h"
+#include "cpu/loss-inl.h"
+#undef EAPO_LANES
+}  // namespace avx2
+EAPO_END_TARGET
+
+EAPO_BEGIN_AVX512
+namespace avx512 {
+#define EAPO_LANES 16
+#include "cpu/vec-inl.h"
+#include "cpu/loss-inl.h"
+#undef EAPO_LANES
+}  // namespace avx512
+EAPO_END_TARGET
+#endif
+
+struct LossTable {
+  std::string_view isa;
+  decltype(&eapo::cpu::absorb_logits) absorb_logits;
+  decltype(&eapo::cpu::logit_gradient) logit_gradient;
+  decltype(&eapo::cpu::fill_rows) fill_rows;
+  decltype(&eapo::cpu::add_to_planes) add_to_planes;
+  decltype(&eapo::cpu::round_planes) round_planes;
+};
+
+#define EAPO_LOSS_TABLE(isa)                                                            \
+  {                                                                                     \
+    #isa, isa::absorb_logits, isa::logit_gradient, isa::fill_rows, isa::add_to_planes,  \
+        isa::round_planes                                                               \
+  }
+
+constexpr LossTable kTables[] = {
+    EAPO_LOSS_TABLE(scalar),
+#if EAPO_X86
+    EAPO_LOSS_TABLE(avx2),
+    EAPO_LOSS_TABLE(avx512),
+#endif
+};
+
+// The functions of the instruction set in use, or of the one that it extends (avx512bf16: avx512).
+const LossTable& table() {
+  const std::string_view isa = kernels().isa;
+  for (const LossTable& one : kTables)
+    if (isa.starts_with(one.isa)) return one;
+  throw std::logic_error("the loss kernels were not built for " + std::string(isa));
+}
+
+}  // namespace
+
+void absorb_logits(const AbsorbArgs& args) { table().absorb_logits(args); }
+
+void logit_gradient(const LogitGradientArgs& args) { table().logit_gradient(args); }
+
+void fill_rows(uint16_t* out, const float* values, int64_t rows, int64_t width) {
+  table().fill_rows(out, values, rows, width);
+}
+
+void add_to_planes(uint16_t* high, uint16_t* low, const uint16_t* addend, int64_t count) {
+  table().add_to_planes(high, low, addend, count);
+}
+
+void round_planes(uint16_t* high, const uint16_t* low, int64_t count) {
+  table().round_planes(high, low, count);
+}
+
+}  // namespace eapo::cpu

@@ -1,0 +1,224 @@
+"""`linear_policy_loss` as a torch operator, for `torch.compile`, checkpointing and autocast.
+
+It computes the gradients together with the loss; the way back only scales them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from eapo_fast.kernels.checks import compute_dtype
+from eapo_fast.kernels.linear_policy_loss.plans import run
+from eapo_fast.kernels.linear_token_stats.cpu import CpuHead
+from eapo_fast.kernels.linear_token_stats.operator import (
+    HEADS,
+    check_values,
+    empty_gradients,
+    filled,
+    pair,
+)
+from eapo_fast.kernels.linear_token_stats.reference import TorchHead
+from eapo_fast.kernels.policy_loss import reference as losses
+from eapo_fast.kernels.policy_loss.batch import PolicyBatch, check_batch
+from eapo_fast.kernels.policy_loss.rows import Rows, trained_rows
+from eapo_fast.recipes import Recipe
+
+
+@torch.library.custom_op("eapo_fast::linear_policy_loss", mutates_args=())
+def policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    ref_logprob: Tensor | None,
+    stats: Sequence[Tensor],
+    stat_names: str,
+    num_tokens: Tensor | None,
+    num_sequences: Tensor | None,
+    recipe: str,
+    metric_names: str,
+    temperature: float,
+    softcap: float | None,
+    vocab_size: int,
+    banned_rows: Tensor | None,
+    banned_ids: Tensor | None,
+    chunk_size: int | None,
+    plan: str,
+    backend: str,
+    to_hidden: bool,
+    to_weight: bool,
+    to_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, metrics [M], a, b, c, token_loss [N], gradients of hidden, weight and bias.
+
+    c is empty where the recipe has none, and so is a gradient that is not wanted.
+    """
+    method = parsed(recipe)
+    batch = PolicyBatch(
+        old_logprob=old_logprob,
+        advantages=advantages,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        ref_logprob=ref_logprob,
+        stats=dict(zip(stat_names.split(), stats, strict=True)),
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+    )
+    check_batch(batch, method, len(hidden), hidden.device)
+    rows = trained_rows(batch, method, compute_dtype(hidden.dtype))
+    targets, banned = rows.gather(targets).long(), pair(banned_rows, banned_ids)
+    check_values(targets, vocab_size, banned_rows, banned_ids, len(hidden))
+    wanted = (to_hidden, to_weight, to_bias)
+    head = HEADS[backend](
+        rows.gather(hidden),
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        vocab_size=vocab_size,
+        banned=None if banned is None else _banned_of(rows, banned),
+        chunk_size=chunk_size,
+        wanted=wanted,
+    )
+    _prepare(head, rows, method)
+    found = run(head, rows, method, plan, wanted)
+    of_hidden, of_weight, of_bias = head.gradients()
+    head.close()
+    if of_hidden is not None and rows.index is not None:
+        of_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows.index, of_hidden)
+    return (
+        found.loss,
+        torch.stack([found.metrics[name] for name in metric_names.split()]),
+        found.a,
+        found.b,
+        hidden.new_empty(0) if found.c is None else found.c,
+        found.token_loss,
+        *filled((of_hidden, of_weight, of_bias), hidden),
+    )
+
+
+@policy_loss.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
+    recipe, metric_names, wanted = arguments[9], arguments[10], arguments[-3:]
+    loss = hidden.new_empty((), dtype=compute_dtype(hidden.dtype))
+    row = loss.new_empty(hidden.shape[0])
+    c = torch.empty_like(row) if parsed(recipe).entropy_target else hidden.new_empty(0)
+    return (
+        loss,
+        loss.new_empty(len(metric_names.split())),
+        row,
+        torch.empty_like(row),
+        c,
+        torch.empty_like(row),
+        *empty_gradients(hidden, weight, bias, wanted),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[6:])
+    ctx.stats, ctx.wanted = len(inputs[9]), inputs[-3:]
+
+
+@once_differentiable
+def _gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None, None, None)
+    return tuple(
+        _scaled(gradient, upstream) if want else None
+        for gradient, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    )
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
+    hidden, weight, bias = _gradients(ctx, upstream)
+    of_stats: list[None] = [None] * ctx.stats
+    return (hidden, weight, None, bias, *[None] * 5, of_stats, *[None] * 16)
+
+
+policy_loss.register_autograd(_backward, setup_context=_setup)
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """Return the product; on a CPU without a copy where the factor is 1."""
+    if not torch.compiler.is_compiling() and upstream.device.type == "cpu" and upstream == 1:
+        return gradient
+    return (gradient * upstream).to(gradient.dtype)
+
+
+@lru_cache(maxsize=64)
+def parsed(recipe: str) -> Recipe:
+    """Return the recipe that was written as JSON."""
+    return Recipe.from_json(recipe)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def described(recipe: Recipe) -> str:
+    """Return the recipe as JSON, in one step for `torch.compile`."""
+    return _json(recipe)
+
+
+@lru_cache(maxsize=64)
+def _json(recipe: Recipe) -> str:
+    return recipe.to_json()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def metric_names(recipe: str, reference: bool, stats: str) -> str:
+    """Return the names of the metrics, as those of a batch without rows.
+
+    `stats` lists the statistics that are given, with their number of dimensions: "weight:1".
+    """
+    return _names(recipe, reference, stats)
+
+
+@lru_cache(maxsize=256)
+def _names(recipe: str, reference: bool, stats: str) -> str:
+    none = torch.zeros(0)
+    dims = (entry.split(":") for entry in stats.split())
+    batch = PolicyBatch(
+        old_logprob=none,
+        advantages=none,
+        cu_seqlens=torch.zeros(1, dtype=torch.int64),
+        ref_logprob=none if reference else None,
+        stats={name: torch.zeros([0] * int(count)) for name, count in dims},
+    )
+    method = parsed(recipe)
+    truncated = none if method.entropy_target else None
+    found = losses.policy_loss(
+        trained_rows(batch, method, torch.float32), method, none, none, truncated
+    )
+    return " ".join(found.metrics)
+
+
+def _prepare(head: CpuHead | TorchHead, rows: Rows, recipe: Recipe) -> None:
+    """Tell the head what it can know beforehand."""
+    if isinstance(head, CpuHead):
+        head.guess = rows.old_logprob
+    elif recipe.entropy_target is not None:
+        head.truncation = (recipe.entropy_target.top_p, recipe.entropy_target.top_k)
+
+
+def _banned_of(rows: Rows, banned: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Renumber banned entries by trained row; those of other rows drop out."""
+    if rows.index is None:
+        return banned
+    place = rows.index.new_full((rows.total,), -1)
+    place[rows.index] = torch.arange(len(rows.index), device=place.device)
+    at = place[banned[0].long()]
+    kept = at >= 0
+    return at[kept], banned[1][kept]
