@@ -192,7 +192,8 @@ def test_rewards_with_settings_are_made():
     [
         pytest.param("acuracy", "Did you mean 'accuracy'", id="typo"),
         pytest.param("my_absent_module.score", "cannot import my_absent_module", id="module"),
-        pytest.param({"name": "accuracy", "weight": 2}, "takes no settings", id="settings"),
+        pytest.param({"name": "format", "weight": 2}, "takes no settings", id="settings"),
+        pytest.param({"name": "accuracy", "weight": 2}, "unexpected .*weight", id="setting"),
         pytest.param({"name": "consult_cost", "zz": 2}, "consult_cost with .*zz", id="setting"),
         pytest.param("math.score", "math has no function 'score'", id="function"),
         pytest.param("math.pi", "math has no function 'pi'", id="not-callable"),

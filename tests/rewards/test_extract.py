@@ -40,6 +40,7 @@ CASES = {
         r"$$\text{They form a regular hexagon}$$",
         r"$$\text{They form a regular hexagon}$$",
     ),
+    "segments are no prose": ("$AB=4, CD=5$", "$AB=4, CD=5$"),
     "nothing": ("I do not know what to say here!", None),
     "empty": ("", None),
 }

@@ -28,7 +28,7 @@ _LAST_NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])-\s?)?(?:\\?\$)?(?<![\w.])(?:\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
     r"(?:\s?/\s?\d+)?(?:\\?%)?"
 )
-_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?![A-Za-z}(])")
+_PROSE = re.compile(r"(?<![\\A-Za-z{])(?![A-Z]{2,4}(?![A-Za-z]))[A-Za-z]{2,}(?![A-Za-z}(])")
 
 
 def boxed(text: str) -> str | None:

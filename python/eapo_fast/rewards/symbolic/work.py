@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -49,8 +50,7 @@ _WARM_UP = (
 )
 
 
-class OverLimit(BaseException):
-    """The step budget of a check is used up; no `except Exception` of a library may swallow it."""
+_STOPPED = Outcome(None, STOPPED)
 
 
 def warm_up() -> None:
@@ -80,26 +80,36 @@ def serve_once(descriptor: int) -> None:
         if not part:
             return
         request += part
-    channel.sendall(_line(answer(json.loads(request))))
+    sys.settrace(_limit(channel))
+    reply = answer(json.loads(request))
+    sys.settrace(None)
+    channel.sendall(_line(reply))
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Return the reply to one request: `equal` (true, false or null) and `reason`."""
-    left = [MAX_CALLS]
-
-    def count(frame: FrameType, event: str, argument: Any) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OverLimit
-
-    sys.settrace(count)
     try:
         outcome = decide(request["prediction"], request["reference"])
-    except (OverLimit, MemoryError, RecursionError):
-        outcome = Outcome(None, STOPPED)
-    finally:
-        sys.settrace(None)
+    except (MemoryError, RecursionError):
+        outcome = _STOPPED
     return {"equal": outcome.equal, "reason": outcome.reason}
+
+
+def _limit(channel: socket.socket) -> Callable[[FrameType, str, Any], None]:
+    """Return a trace function that counts calls and ends the process at the limit.
+
+    An exception would not do: one that is raised while a generator is closed gets lost.
+    """
+    left = MAX_CALLS
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            channel.sendall(_line({"equal": _STOPPED.equal, "reason": _STOPPED.reason}))
+            os._exit(0)
+
+    return count
 
 
 def lock_down() -> None:
