@@ -138,7 +138,7 @@ bool KvTables::swap_out(Sequence& row, int index) {
 void KvTables::cut(Sequence& row, int keep, bool swap) {
   for (int at = static_cast<int>(row.blocks.size()) - 1; at >= keep; --at) {
     if (swap) swap_out(row, at);
-    release(row.blocks.back());
+    pool_->release(row.blocks.back());
     row.blocks.pop_back();
     row.computed = std::min(row.computed, at * pool_->block_size());
   }
@@ -151,19 +151,8 @@ void KvTables::drop(Sequence& row) {
   cut(row, 0, false);
 }
 
-void KvTables::release(BlockId block) {
-  const bool last = pool_->ref_count(block) == 1;
-  if (last && std::ranges::find(copied_from_, block) != copied_from_.end()) {
-    withheld_.push_back(block);
-  } else {
-    pool_->release(block);
-  }
-}
-
 KvTables::Moves KvTables::end_plan() {
-  for (const BlockId block : withheld_) pool_->release(block);
   for (const BlockId host : withheld_host_) pool_->release_host(host);
-  withheld_.clear();
   withheld_host_.clear();
   copied_from_.clear();
   return std::exchange(moves_, {});

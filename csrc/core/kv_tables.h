@@ -26,9 +26,10 @@ struct Prefix {
 //    target of two moves.
 //  - A device block that is swapped out may be handed out again within the plan: all writes to it
 //    (a swap in, a copy, the forward) come after all swaps out.
-//  - The source of a copy is withheld from the free list until the plan ends, so nothing else is
-//    written to it by the step.
-//  - A host block that is swapped in is withheld likewise, so no swap out overwrites it before.
+//  - Nobody gives the source of a copy away before the plan ends (see copy_sources()), so no other
+//    copy is written to it.
+//  - A host block that is swapped in becomes free when the plan ends, so no swap out overwrites it
+//    before.
 class KvTables {
  public:
   KvTables(std::shared_ptr<KvPool> pool, bool prefix_cache);
@@ -74,7 +75,7 @@ class KvTables {
   };
   Moves end_plan();
 
-  // Blocks that the pending copies read: they do not become free before the plan ends.
+  // Blocks that the copies of this plan read: they must keep their owners until it ends.
   const std::vector<BlockId>& copy_sources() const { return copied_from_; }
 
   struct Totals {
@@ -94,13 +95,11 @@ class KvTables {
   void take_hits(Sequence& row, const Prefix& prefix);
   void swap_in(Sequence& row);
   bool swap_out(Sequence& row, int index);
-  void release(BlockId block);
 
   std::shared_ptr<KvPool> pool_;
   bool prefix_cache_;
   Moves moves_;
   std::vector<BlockId> copied_from_;    // by the copies of this plan
-  std::vector<BlockId> withheld_;       // of these, the ones without an owner
   std::vector<BlockId> withheld_host_;  // swapped in by this plan
   Totals totals_;
 };

@@ -76,8 +76,9 @@ def test_a_prompt_waits_until_there_is_room_for_the_growth_of_the_batch(num_bloc
 def test_rows_turn_out_shorter_than_feared():
     scheduler = make_scheduler(num_blocks=8, block_size=4, max_context=32)
     rules = scheduler.add_rules(stop_token_ids=[W[23]])
-    scheduler.add_group(W[:4], 1, rules, 28)
-    step(scheduler, W[23])
+    for _ in range(40):
+        scheduler.add_group(W[:4], 1, rules, 28)
+        step(scheduler, W[23])
     for i in (4, 8, 12):
         scheduler.add_group(W[i : i + 4], 1, rules, 28)
     assert len(step(scheduler, W[0])[0].seqs) == 3

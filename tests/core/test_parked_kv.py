@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from harness import TOKEN_BYTES, Harness, Shape, W, make_scheduler, step
+from harness import TOKEN_BYTES, Harness, Shape, W, commit, make_scheduler, step
 from twin_decoder import TwinRules
 
 TAG = TOKEN_BYTES.index(b"<q>")
@@ -189,6 +189,39 @@ def test_without_a_free_host_block_the_tail_is_dropped():
     second, _ = step(scheduler, W[0])
     assert len(second.swap_in) == 1
     assert second.positions.tolist() == [19, 20]
+
+
+def test_a_prompt_of_parked_siblings_goes_to_the_host_once():
+    shape = {"num_blocks": 6, "block_size": 4, "max_context": 24, "max_step_tokens": 24}
+    scheduler = make_scheduler(**shape, host_blocks=6)
+    rules = scheduler.add_rules(park_patterns=[b"<q>"])
+    seqs = scheduler.add_group(W[:8], 2, rules, 8)
+    step(scheduler, TAG)
+    _newcomer(scheduler, 23)
+    assert scheduler.stats()["swapped_out_blocks"] == 2
+    for seq in seqs:  # the one brings the prompt back, the other one finds it
+        scheduler.inject(seq, [W[1]])
+        plan, _ = step(scheduler, W[0])
+        assert plan.positions.tolist()[-2:] == [8, 9]
+    assert scheduler.stats()["swapped_in_blocks"] == 2
+
+
+def test_a_block_that_is_copied_stays_until_the_copy_is_made():
+    scheduler = make_scheduler(num_blocks=3, block_size=4, max_context=12)
+    rules = scheduler.add_rules(park_patterns=[b"<q>"])
+    (first, longest), (second, other) = (
+        scheduler.add_group(W[i : i + 2], 2, rules, 2) for i in (0, 4)
+    )
+    step(scheduler, W[0], TAG, W[0], TAG)
+    scheduler.expect_wait(other, 1.0)
+    plan = scheduler.plan()  # the first copy takes the last free block
+    assert plan.seqs.tolist() == [first, second]
+    assert len(plan.copies) == 1
+    scheduler.check()
+    commit(scheduler, plan, [W[0]])
+    scheduler.check()
+    scheduler.inject(longest, [])
+    assert step(scheduler, W[0])[0].positions.tolist() == [2], "nothing of it was taken"
 
 
 def test_rows_with_random_waits_finish_through_a_small_pool_and_a_smaller_host():
