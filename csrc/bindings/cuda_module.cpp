@@ -1,4 +1,5 @@
 #include "bindings/advantage_args.h"
+#include "bindings/cuda_bindings.h"
 #include "bindings/tensor_view.h"
 #include "group_advantages/launch.h"
 
@@ -28,4 +29,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("group_advantages", &eapo::group_advantages, py::arg("rewards"), py::arg("group_ids"),
         py::arg("center"), py::arg("scale"), py::arg("lengths"), py::arg("eps"), py::arg("ddof"),
         py::arg("valid"), py::arg("out"));
+  eapo::bind_cuda_cache(m, eapo::Device::kCuda);
+  eapo::bind_cuda_attention(m, eapo::Device::kCuda);
+  eapo::bind_cuda_sample(m, eapo::Device::kCuda);
 }

@@ -34,6 +34,7 @@ class TensorView {
   std::string dtype_name() const;
   std::string shape_text() const;
   std::string device_text() const;
+  int64_t item_bytes() const { return (int64_t{tensor_.dtype.bits} * tensor_.dtype.lanes + 7) / 8; }
   int device_index() const { return tensor_.device.device_id; }
   // The stream torch would launch on now (null on the CPU).
   void* current_stream() const;

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from eapo_fast import _core
 from eapo_fast.kernels.backend import choose_backend
-from eapo_fast.kernels.native import cpu_refusal, follow_torch_threads
-from eapo_fast.kernels.paged_attention import reference
+from eapo_fast.kernels.kv_write import copy_blocks
+from eapo_fast.kernels.native import (
+    GPU_STORAGE,
+    cpu_refusal,
+    cuda_refusal,
+    follow_torch_threads,
+    triton_refusal,
+)
+from eapo_fast.kernels.paged_attention import flash, reference
 
 __all__ = ["copy_blocks", "paged_attention"]
 
@@ -41,7 +51,7 @@ def paged_attention(
     zeros.
 
     Args:
-        q: [T, Hq, D] float32 or bfloat16 (float64 too for the reference).
+        q: [T, Hq, D] float32 or bfloat16 (float16 too on a GPU, any for the reference).
         k, v: [T, Hkv, D], Hq a multiple of Hkv.
         k_cache, v_cache: [blocks, block_size, Hkv, D] contiguous; changed in place at `slots`.
         slots: [T] int64, `block * block_size + offset` of each token; negative: not written.
@@ -58,12 +68,25 @@ def paged_attention(
             multiple of the block size, in the same blocks. Speed only: they are read once. Spans
             without segments at the end are padding.
         longest: most query rows and most keys of a segment; spares a GPU the wait for their values.
-        backend: "auto", "reference" (any device) or "cpu".
+        backend: "auto" (cpu; on a GPU flash-attn's kernels where they fit, else triton; else
+            reference), "reference" (any device), "cpu", "flash", "triton" or "cuda" (when named).
+            Triton on the CPU is the interpreter.
 
     Raises `ValueError` or `TypeError` that names the argument which does not fit.
     """
-    chosen = choose_backend("paged_attention", backend, {"cpu": cpu_refusal}, q)
+    flash_refusal = partial(flash.flash_refusal, k_cache=k_cache, cu_q=cu_q, sinks=sinks)
+    chosen = choose_backend(
+        "paged_attention",
+        backend,
+        {"cpu": cpu_refusal, "flash": flash_refusal, "triton": _triton_refusal},
+        q,
+        on_request={"cuda": _cuda_refusal},
+    )
     q, k, v = q.detach(), k.detach(), v.detach()
+    if chosen in ("flash", "triton", "cuda"):
+        tables = (slots, cu_q, kv_lens, block_tables)
+        arguments = (q, k, v, k_cache, v_cache, *tables, scale, softcap, window)
+        return _on_gpu(chosen, arguments, sinks, shared, longest)
     if chosen == "reference":
         return reference.paged_attention(
             q,
@@ -104,13 +127,33 @@ def paged_attention(
     return out
 
 
-def copy_blocks(cache: Tensor, copies: Tensor, *, backend: str = "auto") -> None:
-    """Copy whole blocks inside `cache` [blocks, ...] by `copies` [C, 2] int32 (source, target).
+def _on_gpu(
+    backend: str,
+    arguments: tuple[Any, ...],
+    sinks: Tensor | None,
+    shared: tuple[Tensor, Tensor] | None,
+    longest: tuple[int, int] | None,
+) -> Tensor:
+    """Run a GPU backend on what all of them take, q to window."""
+    if backend == "flash":
+        return flash.paged_attention(*arguments, longest)
+    if backend == "cuda":
+        from eapo_fast.kernels.paged_attention import cuda_kernel
 
-    No block may be the target of two pairs, nor a source after it was a target: the CPU kernel
-    raises `ValueError` then.
-    """
-    if choose_backend("copy_blocks", backend, {"cpu": cpu_refusal}, cache) == "reference":
-        reference.copy_blocks(cache, copies)
-    else:
-        _core.copy_blocks(cache, copies)
+        return cuda_kernel.paged_attention(*arguments, sinks, longest)
+    from eapo_fast.kernels.paged_attention import triton_kernel
+
+    return triton_kernel.paged_attention(*arguments, sinks, shared, longest)
+
+
+def _triton_refusal(q: Tensor) -> str | None:
+    if q.shape[-1] > 256:
+        return f"it takes head dimensions up to 256, got {q.shape[-1]}"
+    return triton_refusal(q, GPU_STORAGE)
+
+
+def _cuda_refusal(q: Tensor) -> str | None:
+    size = q.shape[-1] * q.element_size()
+    if size % 16 != 0 or q.shape[-1] > 256:
+        return f"it takes head dimensions up to 256 of whole 16 bytes, got {q.shape[-1]}"
+    return cuda_refusal(q, GPU_STORAGE)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from eapo_fast.kernels.kv_write.reference import kv_write
+
 _BATCH_ELEMENTS = 1 << 27
 """Scores plus gathered keys and values of one batch at most, unless one segment has more."""
 
@@ -46,19 +48,6 @@ def paged_attention(
         live = tokens >= 0
         out[tokens[live]] = attended[live].to(out.dtype)
     return out
-
-
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Write keys and values [T, Hkv, D] into their slots; negative slots are left out."""
-    live = slots >= 0
-    k_cache.flatten(0, 1)[slots[live]] = k[live]
-    v_cache.flatten(0, 1)[slots[live]] = v[live]
-
-
-def copy_blocks(cache: Tensor, copies: Tensor) -> None:
-    """Copy blocks by (source, target) pairs."""
-    source, target = copies.to(cache.device).long().unbind(-1)
-    cache[target] = cache[source]
 
 
 def _batches(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,13 @@ from torch import Tensor
 
 from eapo_fast import _core
 from eapo_fast.kernels.backend import choose_backend
-from eapo_fast.kernels.native import cpu_refusal, follow_torch_threads
+from eapo_fast.kernels.native import (
+    GPU_STORAGE,
+    cpu_refusal,
+    cuda_refusal,
+    follow_torch_threads,
+    triton_refusal,
+)
 from eapo_fast.kernels.sample import reference
 
 __all__ = ["Draws", "sample"]
@@ -42,7 +50,7 @@ def sample(
     """Draw N tokens from L rows of logits; the draw is a pure function of the arguments.
 
     Args:
-        logits: [L, V] float32, bfloat16 or float64.
+        logits: [L, V] float32, bfloat16 or float64 (float16 too on a GPU).
         rows: [N] int32, the row of logits of each sample.
         uniforms: [N] float32 in [0, 1); the token is the first, in vocabulary order, whose
             cumulative probability exceeds it.
@@ -53,19 +61,39 @@ def sample(
         min_ps: [N] float32; keeps tokens at least this probable relative to the most probable;
             <= 0: off.
         banned: (samples, token ids), int32 [B] each: entries that get probability 0.
-        backend: "auto", "reference" (any device) or "cpu".
+        backend: "auto" (cpu, triton on a GPU, else reference), "reference" (any device), "cpu",
+            "triton" or "cuda" (when it is named).
 
     Log-probabilities are float32 (float64 from the reference on float64 logits). Raises
     `ValueError` for indices out of range on the CPU, and for a backend that cannot run here.
     """
-    chosen = choose_backend("sample", backend, {"cpu": cpu_refusal}, logits)
+    chosen = choose_backend(
+        "sample",
+        backend,
+        {"cpu": cpu_refusal, "triton": partial(triton_refusal, dtypes=GPU_STORAGE)},
+        logits,
+        on_request={"cuda": partial(cuda_refusal, dtypes=GPU_STORAGE)},
+    )
     if banned is None:
         none = torch.empty(0, dtype=torch.int32, device=logits.device)
         banned = (none, none)
-    run = reference.sample if chosen == "reference" else _sample_cpu
     return Draws(
-        *run(logits.detach(), rows, uniforms, temperatures, top_ks, top_ps, min_ps, *banned)
+        *_implementation(chosen)(
+            logits.detach(), rows, uniforms, temperatures, top_ks, top_ps, min_ps, *banned
+        )
     )
+
+
+def _implementation(backend: str) -> Callable[..., Sequence[Tensor]]:
+    if backend == "triton":
+        from eapo_fast.kernels.sample import triton_kernel
+
+        return triton_kernel.sample
+    if backend == "cuda":
+        from eapo_fast.kernels.sample import cuda_kernel
+
+        return cuda_kernel.sample
+    return _sample_cpu if backend == "cpu" else reference.sample
 
 
 def _sample_cpu(logits: Tensor, rows: Tensor, uniforms: Tensor, *settings: Tensor) -> list[Tensor]:

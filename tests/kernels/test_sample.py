@@ -181,7 +181,7 @@ def test_bad_arguments_are_named() -> None:
         draw(logits, uniforms=uniforms, temperature=-1.0)
     with pytest.raises(TypeError, match="sample_rows: want int32, got int64"):
         draw(logits, uniforms=uniforms, rows=torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="sample has no 'triton' implementation"):
+    with pytest.raises(ValueError, match="sample cannot run on 'triton' here"):
         draw(logits, uniforms=uniforms, backend="triton")
 
 

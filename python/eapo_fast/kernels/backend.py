@@ -7,7 +7,7 @@ from typing import Any
 
 from eapo_fast.errors import suggest
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "flash")
 
 Refusal = Callable[..., str | None]
 """Takes the op's deciding tensors; returns why the backend cannot run them, or None."""

@@ -14,6 +14,11 @@ from eapo_fast import _core
 STORAGE = (torch.float32, torch.bfloat16)
 """Floating-point types that the CPU kernels store; they compute in float32."""
 
+GPU_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+"""Floating-point types that the sampler's GPU kernels store; they compute in float32."""
+
+Dtypes = tuple[torch.dtype, ...]
+
 
 def cpu_refusal(tensor: Tensor) -> str | None:
     """Return why the CPU kernels cannot run on `tensor`, or None."""
@@ -24,26 +29,41 @@ def cpu_refusal(tensor: Tensor) -> str | None:
     return None
 
 
-def cuda_refusal(tensor: Tensor) -> str | None:
-    """Return why the CUDA module's kernels cannot run on `tensor`, or None."""
+def cuda_refusal(tensor: Tensor, dtypes: Dtypes = (torch.float32,)) -> str | None:
+    """Return why the CUDA module's kernels cannot run on `tensor`, or None; no `dtypes`: any."""
     try:
         from eapo_fast import _cuda  # noqa: F401
     except ImportError:
         return "the CUDA module was not built (EAPO_FAST_CUDA=ON says what it misses)"
-    return _gpu_refusal(tensor)
-
-
-def triton_refusal(tensor: Tensor) -> str | None:
-    """Return why Triton kernels cannot run on `tensor`, or None (also when interpreted)."""
-    if find_spec("triton") is None:
-        return "triton is not installed (pip install 'eapo_fast[gpu]')"
-    return None if os.environ.get("TRITON_INTERPRET") == "1" else _gpu_refusal(tensor)
-
-
-def _gpu_refusal(tensor: Tensor) -> str | None:
     if tensor.device.type != "cuda":
         return f"the tensors are on {tensor.device}"
-    return None if tensor.dtype == torch.float32 else f"it takes float32, got {tensor.dtype}"
+    return _dtype_refusal(tensor, dtypes)
+
+
+def triton_refusal(tensor: Tensor, dtypes: Dtypes = (torch.float32,)) -> str | None:
+    """Return why Triton kernels cannot run on `tensor`, or None (also when interpreted)."""
+    if not _has_triton():
+        return "triton is not installed (pip install 'eapo_fast[gpu]')"
+    if tensor.device.type != "cuda" and not triton_is_interpreted():
+        return f"the tensors are on {tensor.device}"
+    return _dtype_refusal(tensor, dtypes)
+
+
+def triton_is_interpreted() -> bool:
+    """Return whether Triton kernels run as plain Python: then the CPU's tensors will do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _dtype_refusal(tensor: Tensor, dtypes: Dtypes) -> str | None:
+    if not dtypes or tensor.dtype in dtypes:
+        return None
+    allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"it takes {allowed}, got {tensor.dtype}"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @cache

@@ -1,0 +1,125 @@
+"""Compiles what Triton launches would compile on a GPU, without one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+}
+OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, as the host code made it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers and stack bytes a thread, shared memory a program."""
+
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **constants: Any) -> None:
+            self.launches.append(Launch(self.kernel, grid, args, constants))
+
+        return launch
+
+
+@contextmanager
+def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
+    """Within the block, kernels that the modules launch are noted and not run."""
+    launches: list[Launch] = []
+    kernels = [
+        (module, name, value)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.runtime.JITFunction)
+    ]
+    for module, name, value in kernels:
+        setattr(module, name, _Recorder(value, launches))
+    try:
+        yield launches
+    finally:
+        for module, name, value in kernels:
+            setattr(module, name, value)
+
+
+def compiled(launch: Launch, capability: int) -> Resources:
+    """Compile a launch for a compute capability (80, 90) with the specialisations of a real one."""
+    params = launch.kernel.params
+    positional = [p for p in params if not p.is_constexpr]
+    assert len(positional) == len(launch.args)
+    signature = {p.name: "constexpr" for p in params}
+    attributes = {}
+    for p, value in zip(positional, launch.args, strict=True):
+        signature[p.name] = _type(value)
+        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if aligned and not p.do_not_specialize:
+            attributes[(p.num,)] = [["tt.divisibility", 16]]
+    constants = {name: v for name, v in launch.constants.items() if name not in OPTIONS}
+    options = {name: v for name, v in launch.constants.items() if name in OPTIONS}
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, stack = _usage(binary.asm["cubin"])
+    return Resources(registers, stack, binary.metadata.shared, binary.asm["ptx"])
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = str(tools) if tools.exists() else shutil.which("cuobjdump")
+    assert tool is not None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
