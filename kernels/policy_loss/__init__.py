@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from eapo_fast.kernels.backend import choose_backend
 from eapo_fast.kernels.checks import FLOATS, check_tensor, compute_dtype
 from eapo_fast.kernels.gradient import attach_gradient
-from eapo_fast.kernels.policy_loss import compiled, reference
-from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch, check_batch
+from eapo_fast.kernels.policy_loss import compiled, operator
+from eapo_fast.kernels.policy_loss.batch import (
+    LossOutput,
+    PolicyBatch,
+    check_batch,
+    check_constants,
+)
+from eapo_fast.kernels.policy_loss.metrics import metric_names
 from eapo_fast.kernels.policy_loss.rows import trained_rows
 from eapo_fast.kernels.policy_loss.statistics import resolve
 from eapo_fast.recipes import Recipe
 
-__all__ = ["LossOutput", "PolicyBatch", "policy_loss", "policy_statistics"]
+__all__ = ["LossOutput", "PolicyBatch", "policy_loss", "policy_statistics", "recipe_text"]
 
 
 def policy_loss(
@@ -59,8 +67,9 @@ def policy_loss(
             `policy_statistics` returns; "selected" flags of the caller's choice.
         num_tokens: masked-in tokens of the whole batch that this is a part of; None: of this part.
         num_sequences: sequences with such a token in the whole batch; None: in this part.
-        details: whether to fill `LossOutput.details`: "ratio", "clipped_low", "clipped_high",
-            "score", "eligible", "selected", ... as far as the recipe has them.
+        details: whether to fill `LossOutput.details`, by a second, slow evaluation: "ratio",
+            "clipped_low", "clipped_high", "score", "eligible", "selected", ... as far as the recipe
+            has them.
         backend: "auto" (cpu for token-local recipes on the CPU, float64 aside, else reference),
             "reference" or "cpu".
 
@@ -73,6 +82,8 @@ def policy_loss(
     check_tensor("logprob", logprob, ["N"], FLOATS)
     if entropy is not None:
         check_tensor("entropy", entropy, list(logprob.shape), FLOATS, logprob.device)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe: got {recipe!r}, a Recipe is needed; see recipes.get(name)")
     batch = PolicyBatch(
         old_logprob=old_logprob,
         advantages=advantages,
@@ -83,35 +94,78 @@ def policy_loss(
         num_tokens=num_tokens,
         num_sequences=num_sequences,
     )
-    check_batch(batch, recipe, len(logprob), logprob.device)
+    check_constants(batch)
     truncated = _read(recipe, entropy, batch)
-    refusals = {"cpu": compiled.refusal}
-    if choose_backend("policy_loss", backend, refusals, logprob, recipe, details) == "cpu":
-        found = compiled.policy_loss(logprob, entropy, batch, recipe)
-    else:
-        found = _reference(logprob, entropy, truncated, batch, recipe, details)
-    _check_finite(found, logprob, entropy, batch)
-    pairs = [(logprob, found.a)]
-    if entropy is not None:
-        pairs.append((entropy, found.b))
-    if truncated is not None and found.c is not None:
-        pairs.append((truncated, found.c))
-    return replace(found, loss=attach_gradient(found.loss, pairs))
+    chosen = choose_backend("policy_loss", backend, {"cpu": compiled.refusal}, logprob, recipe)
+    if torch.compiler.is_compiling() or type(logprob) not in (Tensor, Parameter):
+        return _traced(logprob, entropy, truncated, batch, recipe, chosen)
+    check_batch(batch, recipe, len(logprob), logprob.device)
+    inputs = (logprob, entropy, truncated)
+    found = operator.evaluate(*inputs, batch, recipe, chosen)
+    if details:
+        seen = operator.evaluate(*inputs, batch, recipe, "reference", details=True)
+        found = replace(found, details=seen.details)
+    slopes = (found.a, found.b if recipe.entropy_coef else None, found.c)
+    pairs = [
+        (x, slope)
+        for x, slope in zip(inputs, slopes, strict=True)
+        if x is not None and slope is not None and x.requires_grad
+    ]
+    return replace(found, loss=attach_gradient(found.loss, pairs)) if pairs else found
 
 
-def _reference(
+def _traced(
     logprob: Tensor,
     entropy: Tensor | None,
     truncated: Tensor | None,
     batch: PolicyBatch,
     recipe: Recipe,
-    details: bool,
+    backend: str,
 ) -> LossOutput:
-    dtype = compute_dtype(logprob.dtype)
-    rows = trained_rows(batch, recipe, dtype)
-    own = [None if x is None else rows.gather(x).to(dtype) for x in (logprob, entropy, truncated)]
-    assert own[0] is not None
-    return reference.policy_loss(rows, recipe, own[0], own[1], own[2], details=details)
+    """`policy_loss` by its operator, which costs a fifth of a millisecond more; without details."""
+    stats = dict(batch.stats or {})
+    loss, values, a, b, c, token_loss = operator.policy_loss(
+        logprob,
+        entropy,
+        truncated,
+        batch.old_logprob,
+        batch.advantages,
+        batch.cu_seqlens,
+        batch.mask,
+        batch.ref_logprob,
+        [values.detach() for values in stats.values()],
+        " ".join(stats),
+        _count(batch.num_tokens),
+        _count(batch.num_sequences),
+        recipe_text(recipe),
+        backend,
+    )
+    names = metric_names(recipe, batch.ref_logprob is not None, entropy is not None)
+    return LossOutput(
+        loss=loss,
+        metrics=dict(zip(names, values.unbind(), strict=True)),
+        a=a,
+        b=b if recipe.entropy_coef else torch.zeros_like(a),
+        c=c if recipe.entropy_target else None,
+        token_loss=token_loss,
+    )
+
+
+@lru_cache(maxsize=64)
+def _json(recipe: Recipe) -> str:
+    return recipe.to_json()
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    """Return the recipe as JSON, also while `torch.compile` looks at the code."""
+    return _json(recipe)
+
+
+recipe_text: Callable[[Recipe], str] = torch.compiler.assume_constant_result(_recipe_text)
+
+
+def _count(given: int | Tensor | None) -> Tensor | None:
+    return torch.tensor(given) if isinstance(given, int) else given
 
 
 @torch.no_grad()
@@ -162,31 +216,3 @@ def _read(recipe: Recipe, entropy: Tensor | None, batch: PolicyBatch) -> Tensor 
     if recipe.entropy_target and truncated is None:
         raise ValueError(f"stats: recipe {recipe.name!r} reads 'truncated_entropy'; pass it")
     return truncated
-
-
-def _check_finite(
-    found: LossOutput, logprob: Tensor, entropy: Tensor | None, batch: PolicyBatch
-) -> None:
-    """Raise `ValueError` with the culprit if the loss is not finite (on a CPU)."""
-    if logprob.device.type != "cpu" or torch.isfinite(found.loss):
-        return
-    inputs = {"logprob": logprob, "old_logprob": batch.old_logprob, "entropy": entropy}
-    inputs |= {"ref_logprob": batch.ref_logprob, "advantages": batch.advantages}
-    inputs |= {f"stats[{name!r}]": values for name, values in (batch.stats or {}).items()}
-    for name, values in inputs.items():
-        if values is None or not values.is_floating_point():
-            continue
-        bad = ~torch.isfinite(values)
-        if batch.mask is not None and values.shape == batch.mask.shape:
-            bad &= batch.mask != 0
-        if bad.any():
-            at = int(bad.nonzero()[0]) if values.ndim else 0
-            raise ValueError(
-                f"{name}: entry {at} is {values.flatten()[at].item()} ({int(bad.sum())} such "
-                "entries), and so is the loss; mask such tokens out, or find where they come from"
-            )
-    bad = ~torch.isfinite(found.token_loss)
-    raise ValueError(
-        f"the loss overflows, first at token {int(bad.nonzero()[0]) if bad.any() else 0}: its "
-        "inputs are finite, but too large for the recipe"
-    )

@@ -99,6 +99,27 @@ def check_batch(batch: PolicyBatch, recipe: Recipe, rows: int, device: torch.dev
     _check_stats(batch.stats or {}, recipe, rows, device)
 
 
+def check_constants(batch: PolicyBatch) -> None:
+    """Raise `ValueError` for what is no tensor, or wants a gradient that no loss has for it."""
+    given = {
+        "old_logprob": batch.old_logprob,
+        "advantages": batch.advantages,
+        "cu_seqlens": batch.cu_seqlens,
+        "mask": batch.mask,
+        "ref_logprob": batch.ref_logprob,
+        **{f"stats[{name!r}]": values for name, values in (batch.stats or {}).items()},
+    }
+    for name, values in given.items():
+        if values is None and name in ("mask", "ref_logprob"):
+            continue
+        if not isinstance(values, Tensor):
+            raise ValueError(f"{name}: got {type(values).__name__}, a torch tensor is needed")
+        if values.requires_grad and name != "stats['truncated_entropy']":
+            raise ValueError(
+                f"{name}: requires a gradient, and the loss has none for it; pass {name}.detach()"
+            )
+
+
 def _check_stats(
     stats: Mapping[str, Tensor], recipe: Recipe, rows: int, device: torch.device
 ) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from eapo_fast import _core
 from eapo_fast.kernels.native import follow_torch_threads
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch
+from eapo_fast.kernels.policy_loss.metrics import metric_names
 from eapo_fast.kernels.policy_loss.rows import norm_length
 from eapo_fast.recipes import Recipe
 
@@ -26,7 +27,7 @@ _SUMS = (
 )
 
 
-def refusal(logprob: Tensor, recipe: Recipe, details: bool) -> str | None:
+def refusal(logprob: Tensor, recipe: Recipe) -> str | None:
     """Return why the compiled kernel cannot evaluate `recipe` on `logprob`, or None."""
     if logprob.device.type != "cpu":
         return f"the tensors are on {logprob.device}"
@@ -34,7 +35,7 @@ def refusal(logprob: Tensor, recipe: Recipe, details: bool) -> str | None:
         return "it computes in float32, got float64"
     if recipe.locality != "token-local" or recipe.entropy_band is not None:
         return f"it knows single tokens, and recipe {recipe.name!r} looks at more than one"
-    return "details come from the reference" if details else None
+    return None
 
 
 def policy_loss(
@@ -42,7 +43,8 @@ def policy_loss(
 ) -> LossOutput:
     """Return the detached loss of a checked batch, metrics and coefficients; float32."""
     follow_torch_threads()
-    a, token_loss = logprob.new_empty(2, len(logprob), dtype=torch.float32)
+    a = torch.empty_like(logprob, dtype=torch.float32, memory_format=torch.contiguous_format)
+    token_loss = torch.empty_like(a)
     b = torch.empty_like(a) if recipe.entropy_coef else None
     sums = torch.empty(_core.POLICY_SUMS, dtype=torch.float64)
     _core.policy_loss(
@@ -72,32 +74,20 @@ def policy_loss(
     )
     return LossOutput(
         loss=sums[0].float(),
-        metrics=_metrics(sums, recipe, batch, entropy),
+        metrics=_metrics(
+            sums, metric_names(recipe, batch.ref_logprob is not None, entropy is not None)
+        ),
         a=a,
         b=a.new_zeros(()).expand(len(a)) if b is None else b,
         token_loss=token_loss,
     )
 
 
-def _metrics(
-    sums: Tensor, recipe: Recipe, batch: PolicyBatch, entropy: Tensor | None
-) -> dict[str, Tensor]:
+def _metrics(sums: Tensor, names: list[str]) -> dict[str, Tensor]:
     means = dict(zip(_SUMS, (sums / sums[-1]).float().unbind(), strict=True))
     largest = dict(zip(_SUMS, sums.float().unbind(), strict=True))
-    names = [
-        "clip_ratio/low_mean",
-        "clip_ratio/high_mean",
-        "ratio_mean",
-        "logp_difference_mean",
-        *(["clip_ratio/delta_mean"] if recipe.delta is not None else []),
-        *(["kl"] if batch.ref_logprob is not None else []),
-        *(["entropy"] if entropy is not None else []),
-    ]
-    return {
-        **{name: means[name] for name in names},
-        **{name: largest[name] for name in ("ratio_max", "logp_difference_max")},
-        "clip_ratio/region_mean": means["clip_ratio/low_mean"] + means["clip_ratio/high_mean"],
-    }
+    means["clip_ratio/region_mean"] = means["clip_ratio/low_mean"] + means["clip_ratio/high_mean"]
+    return {name: (largest if name.endswith("_max") else means)[name] for name in names}
 
 
 def _plain(values: Tensor) -> Tensor:

@@ -5,36 +5,15 @@ Nothing here is differentiated by autograd. Notation as in `Recipe`: A, l, o, f,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from eapo_fast.kernels.policy_loss.metrics import Terms, metrics_of
 from eapo_fast.kernels.policy_loss.rows import LossOutput, Rows
 from eapo_fast.kernels.policy_loss.selection import apply_selection, proxy_logprob
 from eapo_fast.kernels.policy_loss.statistics import resolve
-from eapo_fast.kernels.policy_loss.surrogate import Surrogate, kl_estimate, surrogate, to_tokens
+from eapo_fast.kernels.policy_loss.surrogate import kl_estimate, surrogate, to_tokens
 from eapo_fast.recipes import EntropyBand, Recipe
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Terms:
-    """What `token_terms` finds, [n] each."""
-
-    loss: Tensor
-    """Loss of a token before aggregation, without the entropy target."""
-    a: Tensor
-    """Derivative of the aggregated loss in l."""
-    b: Tensor | None
-    """Derivative of the aggregated loss in H; None: the recipe does not read H."""
-    c: Tensor | None
-    """Derivative of the aggregated loss in Ht; None: the recipe does not read Ht."""
-    surrogate: Surrogate
-    """The part without KL and entropy, before tokens are selected and weighted."""
-    kl: Tensor | None
-    """KL estimate; None without a reference."""
-    penalty: Tensor | None
-    """P of the entropy band; None without one."""
 
 
 def policy_loss(
@@ -58,7 +37,7 @@ def policy_loss(
     b = torch.zeros_like(terms.a) if terms.b is None else terms.b
     return LossOutput(
         loss=loss,
-        metrics=_metrics(rows, recipe, terms, logprob, entropy, truncated),
+        metrics=metrics_of(rows, recipe, terms, logprob, entropy, truncated),
         a=rows.scatter(terms.a),
         b=rows.scatter(b),
         c=None if terms.c is None else rows.scatter(terms.c),
@@ -138,46 +117,6 @@ def _target_loss(rows: Rows, recipe: Recipe) -> Tensor | float:
     return recipe.entropy_target.coef * gap.square() * (len(rows.sequence) / rows.num_tokens)
 
 
-def _metrics(
-    rows: Rows,
-    recipe: Recipe,
-    terms: Terms,
-    logprob: Tensor,
-    entropy: Tensor | None,
-    truncated: Tensor | None,
-) -> dict[str, Tensor]:
-    found = terms.surrogate
-    gap = (logprob - rows.old_logprob).abs()
-
-    def mean(values: Tensor) -> Tensor:
-        return values.to(gap.dtype).sum() / rows.num_tokens
-
-    metrics = {
-        "clip_ratio/low_mean": mean(found.low),
-        "clip_ratio/high_mean": mean(found.high),
-        "clip_ratio/region_mean": mean(found.low | found.high),
-        "ratio_mean": mean(found.ratio),
-        "ratio_max": _largest(found.ratio),
-        "logp_difference_mean": mean(gap),
-        "logp_difference_max": _largest(gap),
-    }
-    if recipe.delta is not None:
-        metrics["clip_ratio/delta_mean"] = mean(found.dual)
-    if terms.kl is not None:
-        metrics["kl"] = mean(terms.kl)
-    if entropy is not None:
-        metrics["entropy"] = mean(entropy)
-    if recipe.selection:
-        metrics["selected_mean"] = mean(rows.row_statistic("selected"))
-    if recipe.reweighting:
-        metrics["reweighting_mean"] = mean(rows.row_statistic("reweighting"))
-    if terms.penalty is not None:
-        metrics["entropy_penalty"] = mean(terms.penalty)
-    if recipe.entropy_target and truncated is not None:
-        metrics["truncated_entropy"] = (rows.row_statistic("entropy_share") * truncated).sum()
-    return metrics
-
-
 def _details(
     rows: Rows,
     recipe: Recipe,
@@ -205,7 +144,3 @@ def _details(
         named["entropy_level"] = band_level(rows, recipe.entropy_band, entropy)
         named["entropy_mean"] = middle.expand(len(rows.sequence))
     return {name: rows.scatter(values) for name, values in named.items() if values is not None}
-
-
-def _largest(values: Tensor) -> Tensor:
-    return values.amax() if values.numel() else values.new_zeros(())

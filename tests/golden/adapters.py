@@ -151,7 +151,7 @@ def _reinforce_pp_baseline(method: str, inputs: Inputs) -> dict[str, Any]:
     recipe = recipes.get("reinforce_pp_baseline")
     reward, group = _group(inputs)
     centred = ops.group_advantages(reward, group, center=recipe.center, scale=recipe.scale)
-    width = max(inputs["length"])
+    width = int(max(inputs["length"]))
     mask = [[t < n for t in range(width)] for n in inputs["length"]]
     table = _Table(mask, mask)
     advantage = ops.token_advantages(
@@ -166,7 +166,7 @@ def _reinforce_pp_baseline(method: str, inputs: Inputs) -> dict[str, Any]:
 @_adapter("dapo.overlong")
 def _overlong(method: str, inputs: Inputs) -> dict[str, Any]:
     penalty = rewards.overlong(inputs["max_length"], inputs["buffer"], factor=inputs["factor"])
-    return {"penalty": penalty(completion_ids=[[0] * n for n in inputs["length"]])}
+    return {"penalty": penalty(completion_ids=[[0] * int(n) for n in inputs["length"]])}
 
 
 @_adapter("dapo.dynamic_filter")
@@ -355,7 +355,7 @@ def _entropy_bonus(method: str, inputs: Inputs) -> dict[str, Any]:
     recipe = recipes.get("reinforce").replace(entropy_coef=inputs["coef"], **_changes(inputs))
     found = ops.policy_loss(
         stats.logprob,
-        stats.logprob,
+        stats.logprob.detach(),
         torch.zeros(table.rows, dtype=torch.float64),
         table.cu_seqlens,
         mask=table.mask,

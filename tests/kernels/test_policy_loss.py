@@ -27,11 +27,10 @@ def test_against_autograd(recipe, per_token):
     torch.testing.assert_close(found.loss, wanted.detach(), check_dtype=True)
     torch.testing.assert_close(found.token_loss, token_loss)
     for slope, grad, coefficient in zip(slopes, got, (found.a, found.b, found.c), strict=True):
-        if coefficient is None:
+        if grad is None:
+            assert coefficient is None or not coefficient.any()
             assert slope is None
-            assert grad is None
             continue
-        slope = torch.zeros_like(grad) if slope is None else slope
         torch.testing.assert_close(coefficient, slope)
         torch.testing.assert_close(grad, 3 * slope)
     assert (found.c is None) == (recipe.entropy_target is None)
@@ -187,6 +186,16 @@ def test_low_precision_is_computed_in_float32():
         ({"recipe": "eapo"}, r"recipe: got 'eapo', a Recipe is needed"),
         ({"stats": {"wieght": torch.ones(21)}}, r"stats: got 'wieght'.*Did you mean 'weight'"),
         ({"backend": "cuda"}, r"policy_loss has no 'cuda' implementation"),
+        ({"old_logprob": None}, r"old_logprob: got NoneType, a torch tensor is needed"),
+        ({"mask": [True] * 21}, r"mask: got list, a torch tensor is needed"),
+        (
+            {"old_logprob": torch.zeros(21, requires_grad=True)},
+            r"old_logprob: requires a gradient, and the loss has none for it; pass old_logprob.det",
+        ),
+        (
+            {"stats": {"old_entropy": torch.zeros(21, requires_grad=True)}},
+            r"stats\['old_entropy'\]: requires a gradient",
+        ),
         ({"logprob": [0.1]}, r"logprob: got list, a torch tensor is needed"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, dict) else "",
