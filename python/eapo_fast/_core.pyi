@@ -366,6 +366,9 @@ def paged_attention(
     scale: float,
     softcap: float,
     window: int,
+    sinks: Tensor | None,
+    shared_spans: Tensor | None,
+    shared_lens: Tensor | None,
     out: Tensor,
 ) -> None: ...
 def copy_blocks(cache: Tensor, copies: Tensor) -> None: ...
