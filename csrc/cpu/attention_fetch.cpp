@@ -1,27 +1,46 @@
 #include "cpu/attention_fetch.h"
-#include <cstdlib>
+
+#include <algorithm>
+
 namespace eapo::cpu {
+namespace {
 
+// Far enough to cover the latency of memory, and half of a small second-level cache.
+constexpr int64_t kAheadBytes = 1 << 17;
 
-static int64_t ahead() { const char* e = std::getenv("AHEAD"); return e ? atoi(e) : 65536; }
+}  // namespace
+
+Fetcher::Fetcher(const AttentionArgs& args, const AttentionItem& item, const Tile* tiles,
+                 int64_t count)
+    : args_(args), tiles_(tiles), count_(count), whole_rows_(item.heads == args.kv_heads) {
+  const int64_t head_bytes = args.dim * (args.storage == Storage::kFloat32 ? 4 : 2);
+  row_bytes_ = args.kv_heads * head_bytes;
+  offset_ = item.head * head_bytes;
+  run_bytes_ = item.heads * head_bytes;
+}
+
+// A run is as many keys as lie side by side.
 void Fetcher::next_run() {
-  const int64_t A = ahead();
-  if (A == 0) return;
-  const int64_t tiles = std::max<int64_t>(1, A / (32 * run_bytes_));
-  if (tile_ >= 2 * count_ || tile_ >= passed_ + tiles) return;
-  const Tile& tile = tiles_[tile_ < count_ ? tile_ : tile_ - count_];
+  if (tile_ >= 2 * count_ || ahead_bytes_ > kAheadBytes) return;
+  const Tile& tile = tiles_[tile_ % count_];
   const int64_t position = tile.first + key_, inside = position % args_.block_size;
   const int64_t block =
       args_.block_tables[tile.segment * args_.table_stride + position / args_.block_size];
   const auto* cache = static_cast<const char*>(tile_ < count_ ? args_.k_cache : args_.v_cache);
-  cursor_ = cache + (block * args_.block_size + inside) * row_bytes_ + offset_;
   const int64_t keys = whole_rows_ ? std::min(tile.keys - key_, args_.block_size - inside) : 1;
+  cursor_ = cache + (block * args_.block_size + inside) * row_bytes_ + offset_;
   end_ = cursor_ + (keys - 1) * row_bytes_ + run_bytes_;
+  ahead_bytes_ += keys * run_bytes_;
   key_ += keys;
-  if (key_ >= tile.keys) {
-    ++tile_;
-    key_ = 0;
-  }
+  if (key_ < tile.keys) return;
+  ++tile_;
+  key_ = 0;
+}
+
+void Fetcher::pass_tile() {
+  ahead_bytes_ -= tiles_[passed_ % count_].keys * run_bytes_;
+  ++passed_;
+  if (cursor_ >= end_) next_run();
 }
 
 void Fetcher::step_over_runs(int lines) {

@@ -1,10 +1,12 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <iterator>
 #include <limits>
 #include <new>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>

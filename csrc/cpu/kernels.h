@@ -92,8 +92,8 @@ struct RotaryArgs {
   void* out;              // [batches, tokens, heads, dim] contiguous
 };
 
-// Writes k and v into the cache.
-void write_kv(const AttentionArgs& args);
+// Writes k and v of the tokens [begin, end) into the cache.
+void write_kv(const AttentionArgs& args, int64_t begin, int64_t end);
 
 // Group-relative advantages; kernels/group_advantages/reference.py gives the formulas.
 // Double accumulation in the order of the rollouts; one thread, the same on every instruction set.

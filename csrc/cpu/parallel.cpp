@@ -1,6 +1,5 @@
 #include "cpu/parallel.h"
 
-#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -12,7 +11,6 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 namespace eapo::cpu {
@@ -94,35 +92,18 @@ class Pool {
   std::vector<std::thread> threads_;
 };
 
-// GOMP_parallel of libgomp's interface: fn(data) on each of `threads` threads, this one included.
-using OpenMpParallel = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
-
-// That of the OpenMP runtime which the process has loaded for torch, or null. Its threads wait for
-// work by spinning: threads of our own would share the cores with them, and wake up later.
-OpenMpParallel find_openmp() {
-  for (const char* name : {"libgomp.so.1", "libiomp5.so", "libomp.so"})
-    if (void* library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD))
-      if (void* symbol = dlsym(library, "GOMP_parallel"))
-        return reinterpret_cast<OpenMpParallel>(symbol);
-  return nullptr;
-}
-
 // Never destroyed: joining threads while the process exits can hang.
 struct State {
   std::mutex turn;
-  OpenMpParallel openmp = nullptr;
-  bool may_use_openmp = true;  // and it has not been looked for
   std::atomic<int> threads{std::max(1, static_cast<int>(std::thread::hardware_concurrency()))};
   std::unique_ptr<Pool> pool;
 };
 State* state = nullptr;
 
-// A forked child has none of the threads: it starts a pool of its own, for OpenMP would wait for
-// those of the parent. The count stays.
+// A forked child has the pool's memory but none of its threads: start afresh, keep the count.
 void after_fork_in_child() {
   const int threads = state->threads;
   state = new State;
-  state->may_use_openmp = false;
   state->threads = threads;
 }
 
@@ -154,18 +135,12 @@ void parallel_for(int64_t count, int64_t grain,
   const int wanted = pool_state.threads;
   if (wanted == 1 || count <= grain) return body(0, count);
   std::lock_guard turn(pool_state.turn);
-  if (std::exchange(pool_state.may_use_openmp, false)) pool_state.openmp = find_openmp();
-  Job job{.count = count, .grain = grain, .body = body, .failure_mutex = {}, .failure = {}};
-  if (pool_state.openmp != nullptr && !getenv("OWNPOOL")) {
-    pool_state.openmp([](void* data) { static_cast<Job*>(data)->run(); }, &job,
-                      static_cast<unsigned>(wanted), 0);
-  } else {
-    if (!pool_state.pool || pool_state.pool->workers() != wanted - 1) {
-      pool_state.pool.reset();
-      pool_state.pool = std::make_unique<Pool>(wanted - 1);
-    }
-    pool_state.pool->run(job);
+  if (!pool_state.pool || pool_state.pool->workers() != wanted - 1) {
+    pool_state.pool.reset();
+    pool_state.pool = std::make_unique<Pool>(wanted - 1);
   }
+  Job job{.count = count, .grain = grain, .body = body, .failure_mutex = {}, .failure = {}};
+  pool_state.pool->run(job);
   if (job.failure) std::rethrow_exception(job.failure);
 }
 

@@ -76,8 +76,8 @@ LIVE = Variable(
 ISA = Variable(
     name="EAPO_FAST_ISA",
     default="auto",
-    parse=_one_of("auto", "scalar", "avx2", "avx512"),
-    allowed="scalar, avx2 or avx512 (one that this CPU has)",
+    parse=_one_of("auto", "scalar", "avx2", "avx512", "avx512bf16"),
+    allowed="scalar, avx2, avx512 or avx512bf16 (one that this CPU has)",
     doc="Instruction set of the CPU kernels; the native module reads it at the first kernel call.",
 )
 CUDA_BUILD = Variable(
