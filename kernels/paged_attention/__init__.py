@@ -84,9 +84,22 @@ def paged_attention(
     )
     q, k, v = q.detach(), k.detach(), v.detach()
     if chosen in ("flash", "triton", "cuda"):
-        tables = (slots, cu_q, kv_lens, block_tables)
-        arguments = (q, k, v, k_cache, v_cache, *tables, scale, softcap, window)
-        return _on_gpu(chosen, arguments, sinks, shared, longest)
+        arguments = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "slots": slots,
+            "cu_q": cu_q,
+            "kv_lens": kv_lens,
+            "block_tables": block_tables,
+            "scale": scale,
+            "softcap": softcap,
+            "window": window,
+            "longest": longest,
+        }
+        return _on_gpu(chosen, arguments, sinks, shared)
     if chosen == "reference":
         return reference.paged_attention(
             q,
@@ -129,21 +142,20 @@ def paged_attention(
 
 def _on_gpu(
     backend: str,
-    arguments: tuple[Any, ...],
+    arguments: dict[str, Any],
     sinks: Tensor | None,
     shared: tuple[Tensor, Tensor] | None,
-    longest: tuple[int, int] | None,
 ) -> Tensor:
-    """Run a GPU backend on what all of them take, q to window."""
+    """Run a GPU backend on what all of them take, and on the rest where it takes that."""
     if backend == "flash":
-        return flash.paged_attention(*arguments, longest)
+        return flash.paged_attention(**arguments)
     if backend == "cuda":
         from eapo_fast.kernels.paged_attention import cuda_kernel
 
-        return cuda_kernel.paged_attention(*arguments, sinks, longest)
+        return cuda_kernel.paged_attention(**arguments, sinks=sinks)
     from eapo_fast.kernels.paged_attention import triton_kernel
 
-    return triton_kernel.paged_attention(*arguments, sinks, shared, longest)
+    return triton_kernel.paged_attention(**arguments, sinks=sinks, shared=shared)
 
 
 def _triton_refusal(q: Tensor) -> str | None:

@@ -19,7 +19,7 @@ from eapo_fast.kernels.paged_attention.triton_parts import (
 )
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def find_tile(pid, cu_q, kv_lens, segments, QUERIES: tl.constexpr):  # type: ignore[no-untyped-def]
     """Segment of tile `pid`, its keys, and its query rows from the tile's first one on.
 
@@ -45,7 +45,7 @@ def find_tile(pid, cu_q, kv_lens, segments, QUERIES: tl.constexpr):  # type: ign
     return segment, token + first, position, left
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _done(  # type: ignore[no-untyped-def]
     segment, spans, span_lens, num_spans, threshold, BLOCK_N: tl.constexpr
 ):

@@ -18,9 +18,9 @@ import torch
 import triton
 from torch import Tensor
 
-from eapo_fast.kernels.checks import check_tensor
 from eapo_fast.kernels.kv_write.triton_kernel import kv_write
-from eapo_fast.kernels.native import GPU_STORAGE, triton_is_interpreted
+from eapo_fast.kernels.native import triton_is_interpreted
+from eapo_fast.kernels.paged_attention.checks import check_arguments
 from eapo_fast.kernels.paged_attention.triton_attend import attend, merge
 from eapo_fast.kernels.paged_attention.triton_shared import attend_shared
 
@@ -31,7 +31,6 @@ SHARED_PAYS = 1024
 """Reads of keys that a span must spare, `lens * (members - 1)`, to be attended together."""
 
 _LOG2E = 1 / math.log(2)
-_MAX_DIM = 256
 _PROGRAMS = 1056
 """Enough programs for a GPU (8 for each of 132 multiprocessors): no need to spread splits."""
 _WORKSPACE = 1 << 26
@@ -71,9 +70,9 @@ class _Step:
     @property
     def slots(self) -> int:
         """Most splits that a row touches."""
-        count = triton.cdiv(self.max_kv, SPLIT)
+        count = -(-self.max_kv // SPLIT)
         if self.window > 0:
-            count = min(count, triton.cdiv(self.window, SPLIT) + 1)
+            count = min(count, -(-self.window // SPLIT) + 1)
         return max(count, 1)
 
     def tile(self, rows: int) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def paged_attention(
     longest: tuple[int, int] | None,
 ) -> Tensor:
     """Return [T, Hq, D]; arguments as in the public function."""
-    _check(q, k, v, k_cache, v_cache, slots, cu_q, kv_lens, block_tables, sinks, shared)
+    check_arguments(q, k, v, k_cache, v_cache, slots, cu_q, kv_lens, block_tables, sinks, shared)
     q, k, v = (x if x[:1].is_contiguous() else x.contiguous() for x in (q, k, v))
     kv_write(k, v, k_cache, v_cache, slots)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -264,49 +263,8 @@ def _attend_shared(
 def _partial_results(step: _Step, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Room for accumulators [rows, Hq, slots, D], maxima and sums [rows, Hq, slots]."""
     shape = (rows, step.q.shape[1], step.slots)
-    options = {"dtype": torch.float32, "device": step.q.device}
-    acc = torch.empty((*shape, step.q.shape[2]), **options)
-    return acc, torch.empty(shape, **options), torch.empty(shape, **options)
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    cu_q: Tensor,
-    kv_lens: Tensor,
-    block_tables: Tensor,
-    sinks: Tensor | None,
-    shared: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Raise `ValueError` for shapes, dtypes and devices that do not fit; values are not read."""
-    tokens, heads, dim = q.shape
-    device, dtype = q.device, (q.dtype,)
-    check_tensor("q", q, ["T", "Hq", "D"], GPU_STORAGE)
-    check_tensor("k_cache", k_cache, ["blocks", "block_size", "Hkv", dim], dtype, device)
-    check_tensor("v_cache", v_cache, k_cache.shape, dtype, device)
-    kv_heads = k_cache.shape[2]
-    if dim > _MAX_DIM or heads % max(kv_heads, 1) != 0:
-        raise ValueError(
-            f"q: got {heads} heads of {dim}, allowed is a multiple of the {kv_heads} heads of "
-            f"k_cache, of at most {_MAX_DIM}"
-        )
-    for name, new in (("k", k), ("v", v)):
-        check_tensor(name, new, (tokens, kv_heads, dim), dtype, device)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not cache.is_contiguous():
-            raise ValueError(f"{name}: got strides {cache.stride()}, it must be contiguous")
-    segments = kv_lens.shape[0]
-    integers = (torch.int32,)
-    check_tensor("slots", slots, [tokens], (torch.int64,), device)
-    check_tensor("kv_lens", kv_lens, ["S"], integers, device)
-    check_tensor("cu_q", cu_q, [segments + 1], integers, device)
-    check_tensor("block_tables", block_tables, [segments, "B"], integers, device)
-    if sinks is not None:
-        check_tensor("sinks", sinks, [heads], (q.dtype, torch.float32), device)
-    if shared is not None:
-        check_tensor("shared[1]", shared[1], ["P"], integers, device)
-        check_tensor("shared[0]", shared[0], [shared[1].shape[0], 2], integers, device)
+    acc, top, norm = (
+        torch.empty(size, dtype=torch.float32, device=step.q.device)
+        for size in ((*shape, step.q.shape[2]), shape, shape)
+    )
+    return acc, top, norm

@@ -36,7 +36,7 @@ def _tanh(x):  # type: ignore[no-untyped-def]
     return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _dot(a, b, c, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """a @ b + c in float32; WIDEN for the interpreter, which multiplies no bfloat16."""
     if WIDEN:
@@ -56,7 +56,7 @@ def fold(m, norm, acc, next_m, next_norm, next_acc):  # type: ignore[no-untyped-
     return top, tl.fma(next_norm, new, norm * old), tl.fma(next_acc, wide, acc * old[:, None])
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def finish(m, norm, acc, sink, SINKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Divide by the sum, the head's sink included; 0 where there was no key."""
     if SINKS:
@@ -69,7 +69,7 @@ def finish(m, norm, acc, sink, SINKS: tl.constexpr):  # type: ignore[no-untyped-
     return acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def scan(  # type: ignore[no-untyped-def]
     q,  # [BLOCK_M, BLOCK_D]
     position,  # [BLOCK_M] of each row, -1 where there is none
@@ -97,7 +97,7 @@ def scan(  # type: ignore[no-untyped-def]
 ):
     """Fold the tiles of keys `first` .. `last - 1` into (m, norm, acc)."""
     d = tl.arange(0, BLOCK_D)
-    ones = tl.full([BLOCK_N, 16], 1.0, q.dtype)
+    ones = tl.full([BLOCK_N, 16], 1.0, tl.float32).to(q.dtype)
     sums = tl.broadcast_to(norm[:, None], [norm.shape[0], 16])
     for start in range(first, last, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
@@ -127,7 +127,7 @@ def scan(  # type: ignore[no-untyped-def]
     return m, tl.max(sums, 1), acc
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def first_seen(position, window, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
     """First key that the rows at `position` see."""
     lowest = tl.zeros_like(position)
@@ -136,14 +136,14 @@ def first_seen(position, window, WINDOW: tl.constexpr):  # type: ignore[no-untyp
     return lowest
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def shared_keys(length, count, threshold, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Keys of a span that `attend_shared` folds: whole tiles, 0 where it does not pay."""
     pays = length * (count - 1) >= threshold
     return tl.where(pays, length // BLOCK_N * BLOCK_N, 0)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def load_rows(  # type: ignore[no-untyped-def]
     source, row, stride, head, live, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -153,7 +153,7 @@ def load_rows(  # type: ignore[no-untyped-def]
     return tl.load(source + offsets, mask=live[:, None] & (d < D)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def load_partial(  # type: ignore[no-untyped-def]
     acc_parts, max_parts, sum_parts, at, live, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -166,7 +166,7 @@ def load_partial(  # type: ignore[no-untyped-def]
     return m, norm, acc
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def store_partial(  # type: ignore[no-untyped-def]
     acc_parts,
     max_parts,
@@ -184,7 +184,7 @@ def store_partial(  # type: ignore[no-untyped-def]
     tl.store(acc_parts + at[:, None] * D + d[None, :], acc, mask=live[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def store_rows(  # type: ignore[no-untyped-def]
     out,
     sinks,

@@ -16,7 +16,7 @@ from eapo_fast.kernels.paged_attention.triton_parts import (
 )
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _find_span(  # type: ignore[no-untyped-def]
     pid, spans, span_lens, num_spans, threshold, MEMBERS: tl.constexpr, BLOCK_N: tl.constexpr
 ):

@@ -84,24 +84,45 @@ def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
             setattr(module, name, value)
 
 
+def interpreted() -> bool:
+    """Return whether kernels of this process are interpreted."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 def compiled(launch: Launch, capability: int) -> Resources:
     """Compile a launch for a compute capability (80, 90) with the specialisations of a real one."""
-    params = launch.kernel.params
-    positional = [p for p in params if not p.is_constexpr]
-    assert len(positional) == len(launch.args)
-    signature = {p.name: "constexpr" for p in params}
-    attributes = {}
-    for p, value in zip(positional, launch.args, strict=True):
-        signature[p.name] = _type(value)
-        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if aligned and not p.do_not_specialize:
-            attributes[(p.num,)] = [["tt.divisibility", 16]]
-    constants = {name: v for name, v in launch.constants.items() if name not in OPTIONS}
+    signature, constants, attributes = _specialised(launch)
     options = {name: v for name, v in launch.constants.items() if name in OPTIONS}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _usage(binary.asm["cubin"])
     return Resources(registers, stack, binary.metadata.shared, binary.asm["ptx"])
+
+
+def variant(launch: Launch) -> str:
+    """What a launch is compiled for: equal texts share a binary."""
+    options = sorted((name, v) for name, v in launch.constants.items() if name in OPTIONS)
+    return repr((launch.name, options, *_specialised(launch)))
+
+
+def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Types of the arguments, values of the constants, and known divisibility."""
+    params = launch.kernel.params
+    positional = [p for p in params if not p.is_constexpr]
+    assert len(positional) == len(launch.args)
+    signature = {p.name: "constexpr" for p in params}
+    attributes: dict[Any, Any] = {}
+    constants = {name: v for name, v in launch.constants.items() if name not in OPTIONS}
+    for p, value in zip(positional, launch.args, strict=True):
+        signature[p.name] = _type(value)
+        if p.do_not_specialize:
+            continue
+        if isinstance(value, int) and value == 1:
+            signature[p.name] = "constexpr"
+            constants[p.name] = 1
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(p.num,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
 
 
 def _type(value: Any) -> str:

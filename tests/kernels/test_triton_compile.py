@@ -1,0 +1,152 @@
+"""The sampler's Triton kernels compile for GPUs that are not here, as their host code calls them.
+
+A process of its own compiles, so that it does not matter whether this one interprets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton_aot
+from triton_aot import Launch, compiled, recorded
+
+from eapo_fast.kernels.kv_write import triton_kernel as kv_write
+from eapo_fast.kernels.paged_attention import triton_kernel as paged_attention
+from eapo_fast.kernels.sample import triton_kernel as sample
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(triton_aot.interpreted(), reason="TRITON_INTERPRET is set"),
+]
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+STEPS: dict[str, dict[str, Any]] = {
+    "bf16_64_shared": {"heads": 14, "kv_heads": 2, "dim": 64, "spans": 3},
+    "fp16_128_all": {
+        "heads": 8,
+        "kv_heads": 1,
+        "dim": 128,
+        "dtype": torch.float16,
+        "spans": 3,
+        "softcap": 30.0,
+        "window": 1000,
+        "sinks": True,
+    },
+    "bf16_256_unsplit": {"heads": 16, "kv_heads": 8, "dim": 256, "segments": 800},
+    "bf16_80_odd_blocks": {"heads": 6, "kv_heads": 2, "dim": 80, "block_size": 48},
+    "fp32_64_shared": {
+        "heads": 14,
+        "kv_heads": 2,
+        "dim": 64,
+        "dtype": torch.float32,
+        "spans": 3,
+    },
+}
+
+
+def step(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    block_size: int = 64,
+    segments: int = 8,
+    spans: int = 0,
+    softcap: float = 0.0,
+    window: int = 0,
+    sinks: bool = False,
+) -> list[Launch]:
+    """Launches of a step that mixes decode rows and chunks."""
+    tokens = 12 * segments
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    cache = torch.zeros(4, block_size, kv_heads, dim, dtype=dtype)
+    with recorded(paged_attention, kv_write) as launches:
+        paged_attention.paged_attention(
+            torch.zeros(tokens, heads, dim, dtype=dtype),
+            torch.zeros(tokens, kv_heads, dim, dtype=dtype),
+            torch.zeros(tokens, kv_heads, dim, dtype=dtype),
+            cache,
+            cache.clone(),
+            ints(tokens).long(),
+            ints(segments + 1),
+            ints(segments),
+            ints(segments, 33),
+            dim**-0.5,
+            softcap,
+            window,
+            torch.zeros(heads, dtype=dtype) if sinks else None,
+            (ints(spans, 2), ints(spans)) if spans else None,
+            (40, 2000),
+        )
+    return launches
+
+
+def stack_limit(launch: Launch) -> int:
+    """Bytes of a thread that may leave the registers: none but in the kernels named here."""
+    if launch.args[0].dtype == torch.float32:
+        return 32
+    return 384 if launch.constants.get("BLOCK_M", 0) > 32 and launch.constants["D"] > 64 else 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", STEPS)
+def test_paged_attention(name: str, capability: int) -> None:
+    launches = step(**STEPS[name])
+    names = {launch.name for launch in launches}
+    assert names >= {"write", "attend"}
+    assert ("attend_shared" in names) == bool(STEPS[name].get("spans"))
+    for launch in launches:
+        found = compiled(launch, capability)
+        assert found.shared <= SHARED_LIMIT[capability]
+        assert found.stack <= stack_limit(launch), launch.name
+        if launch.name.startswith("attend") and name != "fp32_64_shared":
+            assert "cp.async.cg.shared.global" in found.ptx
+            decodes = launch.constants["BLOCK_M"] <= 32
+            assert ("wgmma" in found.ptx) == (capability == 90 and not decodes)
+            assert ("mma.sync.aligned.m16n8k16" in found.ptx) == (capability == 80 or decodes)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_sample(dtype: torch.dtype, capability: int) -> None:
+    ints, floats = torch.zeros(4, dtype=torch.int32), torch.zeros(4)
+    with recorded(sample) as launches:
+        logits = torch.zeros(4, 151_936, dtype=dtype)
+        sample.sample(logits, ints, floats, floats, ints, floats, floats, ints, ints)
+    assert [launch.name for launch in launches] == ["tile_sums", "draw"]
+    for launch in launches:
+        found = compiled(launch, capability)
+        assert found.stack == 0
+        assert found.shared <= 48 * 1024
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=["int8", "bf16"])
+def test_cache(dtype: torch.dtype, capability: int) -> None:
+    caches = [torch.zeros(5, 3, 2, 63, dtype=dtype) for _ in range(4)]
+    new, slots = torch.zeros(7, 2, 63, dtype=dtype), torch.zeros(7, dtype=torch.int64)
+    with recorded(kv_write) as launches:
+        kv_write.kv_write(new, new, caches[0], caches[1], slots)
+        kv_write.copy_blocks(caches, torch.zeros(2, 2, dtype=torch.int32))
+    assert [launch.name for launch in launches] == ["write", "copy"]
+    assert all(compiled(launch, capability).stack == 0 for launch in launches)
+
+
+def test_lengths_do_not_recompile() -> None:
+    """Steps of other sizes come with the same constants and types."""
+
+    def variants(**sizes: int) -> set[str]:
+        launches = step(14, 2, 64, spans=sizes.pop("spans"), **sizes)
+        return {triton_aot.variant(launch) for launch in launches}
+
+    assert variants(segments=9, spans=3) == variants(segments=17, spans=1)
+    assert variants(segments=9, spans=3) == variants(segments=16, spans=16)
