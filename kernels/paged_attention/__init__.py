@@ -74,7 +74,7 @@ def paged_attention(
 
     Raises `ValueError` or `TypeError` that names the argument which does not fit.
     """
-    flash_refusal = partial(flash.flash_refusal, k_cache=k_cache, cu_q=cu_q, sinks=sinks)
+    flash_refusal = partial(flash.flash_refusal, k_cache=k_cache, sinks=sinks)
     chosen = choose_backend(
         "paged_attention",
         backend,

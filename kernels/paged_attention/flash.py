@@ -1,8 +1,8 @@
 """flash-attn's own paged kernels, where that package is installed and takes the arguments.
 
 FlashAttention 3 (module `flash_attn_interface`, Hopper) takes any block size; FlashAttention 2
-(module `flash_attn`) takes multiples of 256. Both run with one split, so that a row's bits do not
-depend on its batch.
+(module `flash_attn`) takes multiples of 256. Both run with one split, and whether they run is a
+matter of model, cache and GPU alone, so that a row's bits do not depend on its batch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,23 +19,19 @@ from eapo_fast.kernels.kv_write import kv_write
 
 _FA2_BLOCK = 256
 _MAX_DIM = 256
-_ROWS_TO_FILL = 128
-"""Rows times key heads without which one split leaves a GPU idle; Triton's kernels split then."""
 
 
-def flash_refusal(q: Tensor, k_cache: Tensor, cu_q: Tensor, sinks: Tensor | None) -> str | None:
-    """Return why flash-attn cannot or should not run this call, or None."""
+def flash_refusal(q: Tensor, k_cache: Tensor, sinks: Tensor | None) -> str | None:
+    """Return why flash-attn cannot run on this model and cache, or None."""
     if q.device.type != "cuda":
         return f"the tensors are on {q.device}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 or bfloat16, got {q.dtype}"
-    dim, block_size, kv_heads = q.shape[2], *k_cache.shape[1:3]
+    dim, block_size = q.shape[2], k_cache.shape[1]
     if dim > _MAX_DIM or dim % 8 != 0:
         return f"it takes head dimensions up to {_MAX_DIM} that are multiples of 8, got {dim}"
     if sinks is not None:
         return "it has no attention sinks"
-    if (len(cu_q) - 1) * kv_heads < _ROWS_TO_FILL:
-        return f"{len(cu_q) - 1} segments of {kv_heads} key heads do not fill a GPU in one split"
     module = _module(torch.cuda.get_device_capability(q.device)[0])
     if module is None:
         return "flash-attn is not installed (pip install 'eapo_fast[flash]')"
@@ -61,6 +56,7 @@ def paged_attention(
     longest: tuple[int, int] | None,
 ) -> Tensor:
     """Return [T, Hq, D]; arguments as in the public function."""
+    q, k, v = (x if x[:1].is_contiguous() else x.contiguous() for x in (q, k, v))
     kv_write(k, v, k_cache, v_cache, slots)
     max_q, max_kv = longest or (int(cu_q.diff().max()), int(kv_lens.max()))
     major = torch.cuda.get_device_capability(q.device)[0]
@@ -72,7 +68,7 @@ def paged_attention(
     }
     name = _module(major)
     if name == "flash_attn_interface":
-        out = _import(name).flash_attn_with_kvcache(
+        out = import_module(name).flash_attn_with_kvcache(
             q,
             k_cache,
             v_cache,
@@ -85,7 +81,7 @@ def paged_attention(
         )
     elif max_q == 1 and len(q) == len(kv_lens):
         out = (
-            _import("flash_attn")
+            import_module("flash_attn")
             .flash_attn_with_kvcache(
                 q.unsqueeze(1),
                 k_cache,
@@ -100,7 +96,7 @@ def paged_attention(
     else:
         cu_k = torch.zeros_like(cu_q)
         cu_k[1:] = kv_lens.cumsum(0)
-        out = _import("flash_attn").flash_attn_varlen_func(
+        out = import_module("flash_attn").flash_attn_varlen_func(
             q, k_cache, v_cache, cu_q, cu_k, max_q, max_kv, block_table=block_tables, **options
         )
     return torch.as_tensor(out)
@@ -114,7 +110,3 @@ def _module(major: int) -> str | None:
     if major >= 8 and find_spec("flash_attn") is not None:
         return "flash_attn"
     return None
-
-
-def _import(name: str) -> ModuleType:
-    return import_module(name)

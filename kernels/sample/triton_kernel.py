@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eapo_fast.kernels.checks import check_tensor
+from eapo_fast.kernels.native import GPU_STORAGE
 from eapo_fast.kernels.sample.triton_parts import (
     FAR,
     LOG2E,
@@ -186,6 +188,7 @@ def sample(
     ban_ids: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, log-probabilities and kept masses [N]; shapes as in the public function."""
+    _check(logits, rows, uniforms, temperatures, top_ks, top_ps, min_ps, ban_samples, ban_ids)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     count, vocab, device = len(rows), logits.shape[1], logits.device
     tokens = torch.empty(count, dtype=torch.int64, device=device)
@@ -235,3 +238,25 @@ def sample(
         num_warps=8,
     )
     return tokens, logprobs, kept
+
+
+def _check(logits: Tensor, rows: Tensor, *settings: Tensor) -> None:
+    """Raise `ValueError` for shapes, dtypes and devices that do not fit; values are not read."""
+    uniforms, temperatures, top_ks, top_ps, min_ps, ban_samples, ban_ids = settings
+    device, integers = logits.device, (torch.int32,)
+    check_tensor("logits", logits, ["L", "V"], GPU_STORAGE)
+    check_tensor("rows", rows, ["N"], integers, device)
+    floats = {
+        "uniforms": uniforms,
+        "temperatures": temperatures,
+        "top_ps": top_ps,
+        "min_ps": min_ps,
+    }
+    for name, values in floats.items():
+        check_tensor(name, values, rows.shape, (torch.float32,), device)
+    check_tensor("top_ks", top_ks, rows.shape, integers, device)
+    check_tensor("banned[0]", ban_samples, ["B"], integers, device)
+    check_tensor("banned[1]", ban_ids, ban_samples.shape, integers, device)
+    for values in (rows, top_ks, ban_samples, ban_ids, *floats.values()):
+        if not values.is_contiguous():
+            raise ValueError(f"settings: got strides {values.stride()}, they must be contiguous")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+<<<<<<< ours
 import pytest
 
 from eapo_fast import _core
@@ -20,3 +21,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _core.set_isa(request.param)
     yield request.param
     _core.set_isa(before)
+=======
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "gpu")]
+>>>>>>> theirs
