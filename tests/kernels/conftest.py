@@ -6,12 +6,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-<<<<<<< ours
 import pytest
 
 from eapo_fast import _core
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "gpu")]
 
 
 @pytest.fixture(params=_core.supported_isas())
@@ -21,6 +20,3 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _core.set_isa(request.param)
     yield request.param
     _core.set_isa(before)
-=======
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "gpu")]
->>>>>>> theirs
