@@ -189,6 +189,26 @@ def test_not_finite_update_leaves_the_weights(
     assert updater.step(rollouts, ADVANTAGES, 2)["skipped"] == 0.0
 
 
+def test_logits_that_are_not_finite_skip_the_update(
+    make_model: Callable[..., Any], rollouts: list[Rollout]
+) -> None:
+    model = make_model(tie_word_embeddings=False)
+    args = EAPOConfig(bf16=False, learning_rate=1.0)
+    updater = Updater(model, args, resolve_recipe(args), LearningRate(1.0, "constant", 0, 1))
+    head = model.lm_head.weight
+    kept = head.detach().clone()
+    with torch.no_grad():
+        head[7] = torch.nan
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.warns(RuntimeWarning, match="step 1 changes nothing"):
+        metrics = updater.step(rollouts, ADVANTAGES, 1)
+    assert metrics["skipped"] == 1.0
+    assert all(torch.equal(p[:7], before[n][:7]) for n, p in model.named_parameters())
+    with torch.no_grad():
+        head.copy_(kept)
+    assert updater.step(rollouts, ADVANTAGES, 2)["skipped"] == 0.0
+
+
 def test_kl_to_the_reference_starts_at_zero(
     make_model: Callable[..., Any], rollouts: list[Rollout]
 ) -> None:

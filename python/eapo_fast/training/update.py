@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 
 from eapo_fast import ops
 from eapo_fast.config import EAPOConfig
+from eapo_fast.kernels.linear_token_stats import NonFiniteError
 from eapo_fast.recipes import Recipe
 from eapo_fast.rollout import Rollout
 from eapo_fast.training.optimizer import LearningRate, build_optimizer
@@ -69,7 +72,12 @@ class Updater:
             return metrics | {"loss": 0.0, "grad_norm": 0.0, "skipped": 1.0}
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        metrics |= self._backward(rollouts, advantages)
+        try:
+            metrics |= self._backward(rollouts, advantages)
+        except NonFiniteError as error:
+            warnings.warn(f"step {step} changes nothing: {error}", RuntimeWarning, stacklevel=2)
+            self.optimizer.zero_grad(set_to_none=True)
+            return metrics | {"loss": math.nan, "grad_norm": math.nan, "skipped": 1.0}
         return metrics | self._apply(metrics["loss"], step)
 
     def _backward(
