@@ -112,28 +112,19 @@ void merge(const AttentionArgs& args, const AttentionItem& item, const float* pa
   store_output(work);
 }
 
-// One parallel job: the writes go out first, and nobody attends before the last one is done.
+// All writes are done before anybody attends.
 template <typename T>
 void attend_all(const AttentionArgs& args) {
   constexpr int64_t kWrite = 64;  // tokens
-  const int64_t writes = (args.tokens + kWrite - 1) / kWrite;
   const AttentionPlan plan = plan_attention(args, num_threads());
   std::vector<float> partials(
       static_cast<size_t>(plan.partial_rows * partial_floats<T>(args.dim)));
-  std::atomic<int64_t> unwritten = writes;
-  const auto run = [&](int64_t index) {
-    if (index < writes) {
-      write_kv(args, index * kWrite, std::min((index + 1) * kWrite, args.tokens));
-      unwritten.fetch_sub(1, std::memory_order_release);
-      return;
-    }
-    while (unwritten.load(std::memory_order_acquire) > 0) std::this_thread::yield();
-    attend<T>(args, plan.items[index - writes], partials.data());
-  };
-  parallel_for(writes + static_cast<int64_t>(plan.items.size()), 1,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t index = begin; index < end; ++index) run(index);
-               });
+  parallel_for(args.tokens, kWrite,
+               [&](int64_t begin, int64_t end) { write_kv(args, begin, end); });
+  parallel_for(static_cast<int64_t>(plan.items.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index)
+      attend<T>(args, plan.items[index], partials.data());
+  });
   for (const AttentionItem& item : plan.merges) merge<T>(args, item, partials.data());
 }
 
