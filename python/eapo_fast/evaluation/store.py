@@ -1,0 +1,206 @@
+"""The folder of an evaluation: written chunk by chunk, so that an interrupted one can go on.
+
+`problems.jsonl` holds one line per problem, in order. A chunk is appended in one piece and synced
+before the next begins; what a crash tore off is dropped on reopening, back to whole chunks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from eapo_fast.errors import ConfigError, DataError
+from eapo_fast.evaluation.settings import differences
+
+Record = dict[str, Any]
+PROBLEMS, TIMING, IDENTITY, RESULT = (
+    "problems.jsonl",
+    "timing.jsonl",
+    "identity.json",
+    "evaluation.json",
+)
+PICTURE = "evaluation.png"
+_OWN = (PROBLEMS, TIMING, IDENTITY, RESULT, PICTURE)
+
+
+class Store:
+    """Opens the folder, for one process at a time, and appends to it.
+
+    Args:
+        folder: made if it is not there.
+        identity: what decides the result, see `settings.identity`.
+        chunk: problems of a whole chunk.
+        restart: set an earlier evaluation aside (as `<folder>/old`) instead of continuing it.
+
+    Raises:
+        ConfigError: it holds an evaluation of something else, is in use or cannot be written.
+        DataError: its files were changed by hand.
+    """
+
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], chunk: int, *, restart: bool = False
+    ) -> None:
+        self.folder = folder
+        self._lock = _locked(folder)
+        try:
+            if restart:
+                _set_aside(folder)
+            self._check(identity)
+            self.records = _whole_chunks(folder / PROBLEMS, chunk, int(identity["problems"]))
+            self.timing = read_lines(folder / TIMING)
+            _truncate(folder / TIMING, len(self.timing))
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.close()
+
+    def append(self, records: Sequence[Record], timing: Record) -> None:
+        """Add a finished chunk; it is on disk when this returns."""
+        _append(self.folder / PROBLEMS, records)
+        _append(self.folder / TIMING, [timing])
+        self.records += records
+        self.timing.append(timing)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write the result, whole or not at all."""
+        _write(self.folder / RESULT, result)
+
+    def _check(self, identity: Mapping[str, Any]) -> None:
+        path = self.folder / IDENTITY
+        if not path.is_file():
+            if (self.folder / PROBLEMS).exists():
+                raise ConfigError(
+                    f"out: {self.folder} holds a {PROBLEMS} of something else; choose another "
+                    f"folder"
+                )
+            _write(path, identity)
+            return
+        changed = differences(_read(path), json.loads(json.dumps(identity)))
+        if changed:
+            raise ConfigError(
+                f"out: {self.folder} holds another evaluation: {'; '.join(changed)}. Repeat the "
+                f"command with the old settings to continue it, choose another folder (--out), or "
+                f"begin anew (--restart)"
+            )
+
+
+def read_lines(path: Path) -> list[Record]:
+    """Return the whole lines of a JSONL file; [] if there is no file. A torn end is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(
+                f"{path}:{number}: not a JSON object ({error}); the file was changed, begin anew "
+                f"(--restart)"
+            ) from error
+    return records
+
+
+def read_result(folder: str | Path) -> tuple[dict[str, Any], list[Record]]:
+    """Return result and problems of a finished evaluation.
+
+    Raises:
+        ConfigError: the folder holds none.
+    """
+    path = Path(folder) / RESULT
+    if not path.is_file():
+        unfinished = (Path(folder) / IDENTITY).is_file()
+        state = "an unfinished evaluation; repeat its command" if unfinished else "no evaluation"
+        raise ConfigError(f"{folder} holds {state}")
+    return _read(path), read_lines(Path(folder) / PROBLEMS)
+
+
+def _whole_chunks(path: Path, chunk: int, problems: int) -> list[Record]:
+    records = read_lines(path)
+    whole = len(records) if len(records) == problems else len(records) // chunk * chunk
+    if [r.get("index") for r in records] != list(range(len(records))) or whole > problems:
+        raise DataError(
+            f"{path}: the problems are not in order; the file was changed, begin anew (--restart)"
+        )
+    _truncate(path, whole)
+    return records[:whole]
+
+
+def _truncate(path: Path, lines: int) -> None:
+    """Cut a file behind its first `lines` lines."""
+    if path.is_file():
+        kept = path.read_bytes().split(b"\n")[:lines]
+        os.truncate(path, sum(len(line) + 1 for line in kept))
+
+
+def _append(path: Path, records: Sequence[Record]) -> None:
+    with path.open("ab") as file:
+        file.write(b"".join(map(_line, records)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    """Return one line; half of a surrogate pair, which UTF-8 has no bytes for, stays escaped."""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); the file was changed") from error
+    return value
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    _replace(path, text.encode(errors="backslashreplace"))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    scratch = path.with_name(f".{path.name}.partial")
+    with scratch.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _set_aside(folder: Path) -> None:
+    old = folder / "old"
+    shutil.rmtree(old, ignore_errors=True)
+    for name in _OWN:
+        if (folder / name).exists():
+            old.mkdir(exist_ok=True)
+            (folder / name).rename(old / name)
+
+
+def _locked(folder: Path) -> Any:
+    """Hold the folder's lock until the file is closed; the system drops it with the process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"out: {folder} cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(f"out: {folder} is in use by another evaluation") from error
+    return file
