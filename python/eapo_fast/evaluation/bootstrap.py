@@ -18,9 +18,7 @@ LEVEL = 0.95
 _CHUNK = 1 << 22
 
 
-def resampled_means(
-    values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
-) -> NDArray[np.float64]:
+def resampled_means(values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Array:
     """Return means over problems drawn with replacement, [resamples, M].
 
     Args:
@@ -40,12 +38,13 @@ def resampled_means(
         drawn += np.arange(rows)[:, None] * problems
         counts = np.bincount(drawn.ravel(), minlength=rows * problems)
         means[start : start + rows] = counts.reshape(rows, problems) @ table
-    return means / problems
+    averages: Array = means / problems
+    return averages
 
 
 def intervals(
     values: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
-) -> NDArray[np.float64]:
+) -> Array:
     """Return the interval of the mean of each column, [M, 2]; [1, 2] for values [P].
 
     Percentile intervals, with the tail share that makes them as wide as Student's for few problems
@@ -58,7 +57,8 @@ def intervals(
         return np.full((columns, 2), np.nan)
     means = resampled_means(values, seed=seed, resamples=resamples)
     tail = expanded_tail(problems, level)
-    return np.quantile(means, [tail, 1.0 - tail], axis=0).T
+    ends: Array = np.quantile(means, [tail, 1.0 - tail], axis=0).T
+    return ends
 
 
 def share_interval(values: Sequence[float] | Array, *, seed: int = 0) -> tuple[float, float]:

@@ -15,7 +15,8 @@ Array = NDArray[np.float64]
 
 def mean_at_n(scores: ArrayLike) -> Array:
     """Return each problem's share of correct samples, [P]: the paper's "Pass@32" is their mean."""
-    return _checked(scores).mean(axis=1)
+    shares: Array = _checked(scores).mean(axis=1)
+    return shares
 
 
 def any_at_k(scores: ArrayLike) -> Array:

@@ -191,7 +191,7 @@ def _bars(axes: Axes, lines: Sequence[tuple[str, int | None, Mapping[str, Any] |
     axes.set_yticks(list(places), [_shortened(name) for name, _, _ in lines])
     for label, (_, count, _) in zip(axes.get_yticklabels(), lines, strict=True):
         label.set_color(INK if count is not None else MUTED)
-        label.set_style("normal" if count is not None else "italic")
+        label.set_fontstyle("normal" if count is not None else "italic")
     axes.set_ylim(0.3, len(lines) + 0.7)
     axes.set_xlim(0, min(1.0, 1.05 * reach))
     axes.grid(visible=False)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eapo_fast.data.rows import PROBLEM_COLUMNS
 from eapo_fast.engine import Vocabulary
 from eapo_fast.evaluation.store import Record
 from eapo_fast.evaluation.voting import answer_classes
@@ -42,9 +43,16 @@ def problem_record(
     record |= {name: row[name] for name in GROUP_COLUMNS if _is_label(row.get(name))}
     if any(r.num_turns > 1 for r in group):
         record["consults"] = [_consults(r) for r in group]
-    record["prompt"] = vocabulary.plain_text(group[0].prompt_ids)
+    record |= _question(row)
     record["texts"] = [vocabulary.plain_text(r.token_ids.tolist()) for r in group]
     return record
+
+
+def _question(row: Mapping[str, Any]) -> Record:
+    """Return the problem under the kind of column that it came in: the kind decides its format."""
+    prompt = row["prompt"]
+    is_problem = any(row.get(column) == prompt for column in PROBLEM_COLUMNS)
+    return {"problem" if is_problem else "prompt": prompt}
 
 
 def _consults(rollout: Rollout) -> dict[str, Any]:

@@ -6,27 +6,20 @@ before the next begins; what a crash tore off is dropped on reopening, back to w
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from eapo_fast.errors import ConfigError, DataError
-from eapo_fast.evaluation.settings import differences
+from eapo_fast.evaluation.folder import IDENTITY, claim, read_json, write_json
 
 Record = dict[str, Any]
-PROBLEMS, TIMING, IDENTITY, RESULT = (
-    "problems.jsonl",
-    "timing.jsonl",
-    "identity.json",
-    "evaluation.json",
-)
+PROBLEMS, TIMING, RESULT = "problems.jsonl", "timing.jsonl", "evaluation.json"
 PICTURE = "evaluation.png"
-_OWN = (PROBLEMS, TIMING, IDENTITY, RESULT, PICTURE)
+_OWN = (PROBLEMS, TIMING, RESULT, PICTURE)
 
 
 class Store:
@@ -47,11 +40,8 @@ class Store:
         self, folder: Path, identity: Mapping[str, Any], chunk: int, *, restart: bool = False
     ) -> None:
         self.folder = folder
-        self._lock = _locked(folder)
+        self._lock = claim(folder, identity, _OWN, "evaluation", restart=restart)
         try:
-            if restart:
-                _set_aside(folder)
-            self._check(identity)
             self.records = _whole_chunks(folder / PROBLEMS, chunk, int(identity["problems"]))
             self.timing = read_lines(folder / TIMING)
             _truncate(folder / TIMING, len(self.timing))
@@ -79,25 +69,7 @@ class Store:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the result, whole or not at all."""
-        _write(self.folder / RESULT, result)
-
-    def _check(self, identity: Mapping[str, Any]) -> None:
-        path = self.folder / IDENTITY
-        if not path.is_file():
-            if (self.folder / PROBLEMS).exists():
-                raise ConfigError(
-                    f"out: {self.folder} holds a {PROBLEMS} of something else; choose another "
-                    f"folder"
-                )
-            _write(path, identity)
-            return
-        changed = differences(_read(path), json.loads(json.dumps(identity)))
-        if changed:
-            raise ConfigError(
-                f"out: {self.folder} holds another evaluation: {'; '.join(changed)}. Repeat the "
-                f"command with the old settings to continue it, choose another folder (--out), or "
-                f"begin anew (--restart)"
-            )
+        write_json(self.folder / RESULT, result)
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -127,7 +99,7 @@ def read_result(folder: str | Path) -> tuple[dict[str, Any], list[Record]]:
         unfinished = (Path(folder) / IDENTITY).is_file()
         state = "an unfinished evaluation; repeat its command" if unfinished else "no evaluation"
         raise ConfigError(f"{folder} holds {state}")
-    return _read(path), read_lines(Path(folder) / PROBLEMS)
+    return read_json(path), read_lines(Path(folder) / PROBLEMS)
 
 
 def _whole_chunks(path: Path, chunk: int, problems: int) -> list[Record]:
@@ -158,49 +130,3 @@ def _append(path: Path, records: Sequence[Record]) -> None:
 def _line(record: Mapping[str, Any]) -> bytes:
     """Return one line; half of a surrogate pair, which UTF-8 has no bytes for, stays escaped."""
     return (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); the file was changed") from error
-    return value
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    _replace(path, text.encode(errors="backslashreplace"))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
-def _set_aside(folder: Path) -> None:
-    old = folder / "old"
-    shutil.rmtree(old, ignore_errors=True)
-    for name in _OWN:
-        if (folder / name).exists():
-            old.mkdir(exist_ok=True)
-            (folder / name).rename(old / name)
-
-
-def _locked(folder: Path) -> Any:
-    """Hold the folder's lock until the file is closed; the system drops it with the process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise ConfigError(f"out: {folder} cannot be written ({error.strerror})") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ConfigError(f"out: {folder} is in use by another evaluation") from error
-    return file

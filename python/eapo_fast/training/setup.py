@@ -98,6 +98,8 @@ def output_folder(args: EAPOConfig, model: PreTrainedModel) -> Path:
 
 def _from_path(path: str) -> PreTrainedModel:
     folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return _with_saved_adapter(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(
             f"model: {path} has no config.json, so it is not a transformers model directory"
@@ -112,6 +114,18 @@ def _from_path(path: str) -> PreTrainedModel:
             f"or its cache gives ({reason})"
         ) from error
     return model
+
+
+def _with_saved_adapter(folder: Path) -> PreTrainedModel:
+    """Load the base model that an adapter names, and the adapter around it."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ModelError(f"model: {folder} is an adapter; it needs pip install peft") from error
+    base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    model: Any = PeftModel.from_pretrained(_from_path(base), str(folder))
+    wrapped: PreTrainedModel = model
+    return wrapped
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:
