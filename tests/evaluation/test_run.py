@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eapo_fast.cli import main
 from eapo_fast.errors import ConfigError, DataError
 from eapo_fast.evaluation import EvalSettings, evaluate_model
 from eapo_fast.evaluation.store import PROBLEMS, read_lines, read_result
@@ -86,6 +89,34 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(
     assert (whole["results"]["consults"]["asked_per_sample"] > 0) == assisted
 
 
+def test_a_killed_command_goes_on_to_the_same_bytes(
+    policy: str, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`kill -9` after the first chunk, then the same command again."""
+
+    def words(folder: str) -> list[str]:
+        return [
+            "eval", "--model", policy, "--data", str(problems), "--out", str(tmp_path / folder),
+            "--n", "2", "--chunk", "1", "--max-tokens", "60", "--temperature", "1", "--cpu",
+        ]  # fmt: skip
+
+    code = f"from eapo_fast.cli import main; main({words('cut')!r})"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stderr is not None
+        first = next(line for line in process.stderr if "/10 problems" in line)
+        process.kill()
+    assert first.startswith("1/10 problems  mean@2")
+    kept = read_lines(tmp_path / "cut" / PROBLEMS)
+    assert 1 <= len(kept) < 10
+    assert main(words("cut")) == main(words("whole")) == 0
+    texts = [(tmp_path / f / PROBLEMS).read_bytes() for f in ("whole", "cut")]
+    assert texts[0] == texts[1]
+    assert len(read_lines(tmp_path / "cut" / "timing.jsonl")) == 10
+    assert "mean@2" in capsys.readouterr().out
+
+
 def test_a_torn_chunk_is_sampled_again(
     policy: str, problems: Path, tmp_path: Path, quick: Quick
 ) -> None:
@@ -98,6 +129,8 @@ def test_a_torn_chunk_is_sampled_again(
         policy, problems, tmp_path / "out", quick(), progress=lambda r, *_: seen.append(len(r))
     )
     assert seen[-1] == 10
+    firsts = [t["first"] for t in read_lines(tmp_path / "out" / "timing.jsonl")]
+    assert firsts == [0, 3, 6, 9]
     assert path.read_bytes() == text
     assert again["results"] == whole["results"]
 

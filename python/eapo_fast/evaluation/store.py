@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,11 +20,14 @@ from eapo_fast.evaluation.folder import IDENTITY, claim, read_json, write_json
 Record = dict[str, Any]
 PROBLEMS, TIMING, RESULT = "problems.jsonl", "timing.jsonl", "evaluation.json"
 PICTURE = "evaluation.png"
+_TEXTS = ("texts", "problem", "prompt")
 _OWN = (PROBLEMS, TIMING, RESULT, PICTURE)
 
 
 class Store:
     """Opens the folder, for one process at a time, and appends to it.
+
+    `records` are the problems so far without their texts, `timing` the lines of the clock.
 
     Args:
         folder: made if it is not there.
@@ -43,7 +47,8 @@ class Store:
         self._lock = claim(folder, identity, _OWN, "evaluation", restart=restart)
         try:
             self.records = _whole_chunks(folder / PROBLEMS, chunk, int(identity["problems"]))
-            self.timing = read_lines(folder / TIMING)
+            done = len(self.records)
+            self.timing = [t for t in read_lines(folder / TIMING) if t["first"] < done]
             _truncate(folder / TIMING, len(self.timing))
         except BaseException:
             self._lock.close()
@@ -64,7 +69,7 @@ class Store:
         """Add a finished chunk; it is on disk when this returns."""
         _append(self.folder / PROBLEMS, records)
         _append(self.folder / TIMING, [timing])
-        self.records += records
+        self.records += map(_light, records)
         self.timing.append(timing)
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -72,20 +77,35 @@ class Store:
         write_json(self.folder / RESULT, result)
 
 
-def read_lines(path: Path) -> list[Record]:
-    """Return the whole lines of a JSONL file; [] if there is no file. A torn end is left out."""
+def read_lines(path: Path, *, texts: bool = True) -> list[Record]:
+    """Return the whole lines of a JSONL file; [] if there is no file. A torn end is left out.
+
+    `texts=False` leaves out what the samples say, which is nearly all of a large file.
+    """
     if not path.is_file():
         return []
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(
-                f"{path}:{number}: not a JSON object ({error}); the file was changed, begin anew "
-                f"(--restart)"
-            ) from error
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            record = _parsed(line, f"{path}:{number}")
+            records.append(record if texts else _light(record))
     return records
+
+
+def _parsed(line: bytes, place: str) -> Record:
+    try:
+        record: Record = json.loads(line)
+    except ValueError as error:
+        raise DataError(
+            f"{place}: not a JSON object ({error}); the file was changed, begin anew (--restart)"
+        ) from error
+    return record
+
+
+def _light(record: Record) -> Record:
+    return {name: value for name, value in record.items() if name not in _TEXTS}
 
 
 def read_result(folder: str | Path) -> tuple[dict[str, Any], list[Record]]:
@@ -103,7 +123,7 @@ def read_result(folder: str | Path) -> tuple[dict[str, Any], list[Record]]:
 
 
 def _whole_chunks(path: Path, chunk: int, problems: int) -> list[Record]:
-    records = read_lines(path)
+    records = read_lines(path, texts=False)
     whole = len(records) if len(records) == problems else len(records) // chunk * chunk
     if [r.get("index") for r in records] != list(range(len(records))) or whole > problems:
         raise DataError(
@@ -116,8 +136,9 @@ def _whole_chunks(path: Path, chunk: int, problems: int) -> list[Record]:
 def _truncate(path: Path, lines: int) -> None:
     """Cut a file behind its first `lines` lines."""
     if path.is_file():
-        kept = path.read_bytes().split(b"\n")[:lines]
-        os.truncate(path, sum(len(line) + 1 for line in kept))
+        with path.open("rb") as file:
+            size = sum(len(line) for line in islice(file, lines))
+        os.truncate(path, size)
 
 
 def _append(path: Path, records: Sequence[Record]) -> None:
