@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eapo_fast.evaluation.settings import model_name
 from eapo_fast.reporting.curves import COLOURS, INK, MUTED, STYLE
 from eapo_fast.reporting.stats import compact
 
@@ -53,7 +54,7 @@ def _headline(figure: Figure, result: Mapping[str, Any]) -> None:
     results = result["results"]
     n = results["n"]
     samples = f"{n} samples" if n > 1 else "1 sample"
-    model, data = (Path(str(result[k])).name or str(result[k]) for k in ("model", "data"))
+    model, data = model_name(result["model"]), Path(str(result["data"])).name
     figure.suptitle(
         f"{result['title']}: {model} on {data}  ({results['problems']} problems, {samples} each)",
         x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK,

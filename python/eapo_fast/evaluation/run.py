@@ -21,7 +21,7 @@ from eapo_fast.engine import Sampler, SamplerConfig, SamplingParams
 from eapo_fast.errors import ConfigError
 from eapo_fast.evaluation.picture import draw_evaluation
 from eapo_fast.evaluation.records import problem_record
-from eapo_fast.evaluation.settings import EvalSettings, check_mode, identity
+from eapo_fast.evaluation.settings import EvalSettings, check_mode, identity, model_name
 from eapo_fast.evaluation.store import PICTURE, Record, Store
 from eapo_fast.evaluation.summary import summarise
 from eapo_fast.evaluation.timing import timing_of, timing_summary
@@ -107,9 +107,8 @@ def evaluate_model(
 
 
 def default_folder(model: Any, data: Any, settings: EvalSettings, assisted: bool) -> Path:
-    """Return `runs/eval/<model>-<data>-<kind>`; a folder called final is named by its parent."""
-    place = Path(str(getattr(model, "name_or_path", model)) or "model")
-    name = f"{place.parent.name}-final" if place.name == "final" else place.name
+    """Return `runs/eval/<model>-<data>-<kind>`; the model of `runs/x/final` is called `x`."""
+    name = model_name(str(getattr(model, "name_or_path", model)))
     source = Path(data).stem if isinstance(data, (str, Path)) else "data"
     kind = settings.method or ("assisted" if assisted else "solo")
     return Path("runs/eval") / re.sub(r"[^\w.-]+", "_", f"{name}-{source}-{kind}")

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,6 +128,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             digest = name in ("model", "data", "prompts and expert")
             lines.append(f"{name} changed" if digest else f"{name} was {old!r} and is {new!r}")
     return lines
+
+
+def model_name(path: str) -> str:
+    """Return the last part of a model's path; of `runs/x/final` it is `x`."""
+    place = Path(path or "model")
+    return place.parent.name if place.name == "final" and place.parent.name else place.name
 
 
 def model_digest(model: Any, tokenizer: Any) -> str:

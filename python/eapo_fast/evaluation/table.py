@@ -34,6 +34,11 @@ class Entry:
     records: list[Record]
 
     @property
+    def figures(self) -> dict[str, Any]:
+        """The results, without the list of all problems."""
+        return {k: v for k, v in self.result["results"].items() if k != "solve_rate"}
+
+    @property
     def scores(self) -> NDArray[np.float64]:
         """[P, n] 1 for a correct sample."""
         return np.array([r["correct"] for r in self.records], dtype=np.float64)
@@ -55,7 +60,7 @@ def write_table(folders: Sequence[str | Path], out: str | Path) -> Path:
     page = target / "table.md"
     page.write_text(_page(entries, gains), encoding="utf-8")
     rows = [
-        {"title": e.title, "folder": e.result["folder"], "gain": gain, **e.result["results"]}
+        {"title": e.title, "folder": Path(e.result["folder"]).name, "gain": gain, **e.figures}
         for e, gain in zip(entries, gains, strict=True)
     ]
     (target / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -193,6 +198,9 @@ def _draw_means(
         )  # fmt: skip
         reach = max(reach, high or value)
     axes.set_yticks(range(len(entries)), [e.title for e in entries])
+    for place, label in enumerate(axes.get_yticklabels()):
+        label.set_color(COLOURS[place % len(COLOURS)])
+        label.set_fontweight("bold")
     axes.set_ylim(len(entries) - 0.5, -0.6)
     axes.set_xlim(0, min(1.0, 1.08 * reach))
     axes.grid(visible=False)
@@ -203,15 +211,14 @@ def _draw_means(
 def _draw_curves(axes: Axes, entries: Sequence[Entry]) -> None:
     from eapo_fast.evaluation.picture import any_axis, percent_axis, titled
 
-    titled(axes, "Solved with k tries", "pass@k, unbiased")
+    titled(axes, "Solved with k tries", "pass@k, unbiased; colours as at the left")
     n = entries[0].result["results"]["n"]
     top = 0.05
     for place, entry in enumerate(entries):
         values = entry.result["results"]["any_at_k"]
         colour = COLOURS[place % len(COLOURS)]
-        axes.plot(range(1, n + 1), values, color=colour, lw=2, label=entry.title)
+        axes.plot(range(1, n + 1), values, color=colour, lw=2)
         top = max(top, *values)
     axes.set_ylim(0, min(1.0, 1.08 * top))
     any_axis(axes, n)
     percent_axis(axes.yaxis)
-    axes.legend(frameon=False, fontsize=8.5, loc="best")
