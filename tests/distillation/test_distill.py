@@ -134,6 +134,26 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert {k: whole[k] for k in same} == {k: cut[k] for k in same}
 
 
+def test_a_death_before_the_summary_costs_nothing(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run("whole")
+
+    def dying(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for method in ("_save_final", "_summary"):
+        with monkeypatch.context() as patch:
+            patch.setattr(_Run, method, dying)
+            with pytest.raises(KeyboardInterrupt):
+                run("cut")
+    told: list[str] = []
+    assert run("cut", progress=told.append)["loss_last"] == first["loss_last"]
+    assert told == ["continuing after step 6 of 6"]
+    same = [(tmp_path / f / "final" / "model.safetensors").read_bytes() for f in ("whole", "cut")]
+    assert same[0] == same[1]
+
+
 def test_a_finished_run_is_not_repeated_and_another_is_refused(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -163,7 +183,9 @@ def test_an_adapter_leaves_the_base_and_its_folder_evaluates(
         evaluate_model(str(out / name), ROWS, tmp_path / f"eval-{name}", chosen, use_cpu=True)
         lines = read_jsonl(tmp_path / f"eval-{name}" / "problems.jsonl")
         results.append([line["texts"] for line in lines])
-    assert results[0] == results[1], "merged and unmerged adapter sample alike"
+    assert results[0] == results[1]
+    again = run("again", model=str(out / "adapter"), settings={"max_steps": 1})
+    assert again["trained"] == "all weights"
 
 
 def test_only_consistent_solutions_are_kept(tmp_path: Path) -> None:

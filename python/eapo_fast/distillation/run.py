@@ -127,11 +127,11 @@ def distill(
     folder = Path(out)
     own = (_SUMMARY, _METRICS, _FINAL, _ADAPTER, *(p.name for p in checkpoints(folder)))
     with claim(folder, run.identity, own, "distillation", restart=restart):
-        if (folder / _SUMMARY).is_file():
-            return read_json(folder / _SUMMARY)
-        summary = run.train(folder, progress or (lambda line: None))
-        write_json(folder / _SUMMARY, summary)
-    return summary
+        if not (folder / _SUMMARY).is_file():
+            write_json(folder / _SUMMARY, run.train(folder, progress or (lambda line: None)))
+        for old in checkpoints(folder):
+            shutil.rmtree(old)
+        return read_json(folder / _SUMMARY)
 
 
 class _Run:
@@ -197,8 +197,6 @@ class _Run:
                 if step % self.settings.save_steps == 0 or step == self.steps:
                     self._save(folder, step)
         self._save_final(folder)
-        for old in checkpoints(folder):
-            shutil.rmtree(old)
         return self._summary(folder, time.perf_counter() - started)
 
     def _step(self, step: int) -> dict[str, float]:

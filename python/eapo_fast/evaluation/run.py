@@ -92,7 +92,7 @@ def evaluate_model(
         result = {
             "title": settings.title(assisted=expert is not None),
             "kind": "assisted" if expert is not None else "solo",
-            "model": str(getattr(run.model, "name_or_path", "")),
+            "model": str(getattr(model, "name_or_path", model)),
             "data": str(data) if isinstance(data, (str, Path)) else type(data).__name__,
             "folder": str(folder),
             "settings": dataclasses.asdict(settings),

@@ -117,15 +117,17 @@ def _from_path(path: str) -> PreTrainedModel:
 
 
 def _with_saved_adapter(folder: Path) -> PreTrainedModel:
-    """Load the base model that an adapter names, and the adapter around it."""
+    """Load the base model that an adapter names and merge the adapter into it."""
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ModelError(f"model: {folder} is an adapter; it needs pip install peft") from error
     base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    model: Any = PeftModel.from_pretrained(_from_path(base), str(folder))
-    wrapped: PreTrainedModel = model
-    return wrapped
+    wrapped: Any = PeftModel.from_pretrained(_from_path(base), str(folder))
+    model: PreTrainedModel = wrapped.merge_and_unload()
+    if (folder / "tokenizer.json").is_file():
+        model.name_or_path = str(folder)
+    return model.requires_grad_()
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:
