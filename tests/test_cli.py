@@ -10,7 +10,7 @@ import pytest
 from eapo_fast import cli
 from eapo_fast.errors import ConfigError
 
-COMMANDS = ["demo", "train", "eval", "rollouts", "info", "compare"]
+COMMANDS = ["demo", "train", "eval", "table", "distill", "rollouts", "info", "compare"]
 HEAVY = ("torch", "transformers", "matplotlib", "rich", "yaml", "numpy")
 
 
@@ -182,15 +182,37 @@ def test_eval_refuses_contradictions(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-def test_eval_prints_what_was_measured(module, capsys):
-    def evaluate_model(model, data, **options):
-        assert (model, data, options["n"], options["expert"]) == ("m", "d", 4, None)
-        return {"eval_solo_accuracy": 0.25, "eval_solo_n": 200}
+def test_eval_hands_its_options_on(module, capsys):
+    seen = []
 
-    module("eapo_fast.evaluation", evaluate_model=evaluate_model)
-    assert cli.main(["eval", "--model", "m", "--data", "d", "--n", "4"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [["eval_solo_accuracy", "0.2500"], ["eval_solo_n", "200"]]
+    def evaluate_model(model, data, out, settings, **options):
+        seen.append((model, data, out, settings, options["expert"], options["progress"]))
+        return "measured"
+
+    module("eapo_fast.evaluation", evaluate_model=evaluate_model, EvalSettings=dict)
+    module("eapo_fast.evaluation.report", result_text=str.upper, progress_line=lambda file: file)
+    words = ["--n", "4", "--top-k", "40", "--method", "eapo", "--quiet", "--out", "x"]
+    assert cli.main(["eval", "--model", "m", "--data", "d", *words]) == 0
+    assert capsys.readouterr().out == "MEASURED\n"
+    [(model, data, out, settings, expert, progress)] = seen
+    assert (model, data, out, expert, progress) == ("m", "d", "x", None, None)
+    assert settings["n"] == 4
+    assert settings["method"] == "eapo"
+    assert (settings["temperature"], settings["top_p"], settings["top_k"]) == (0.6, 0.95, 40)
+
+
+def test_the_options_of_eval_are_the_settings_of_an_evaluation():
+    pytest.importorskip("torch")
+    from dataclasses import fields
+
+    from eapo_fast.cli_evaluation import _METHODS, _PASSED
+    from eapo_fast.evaluation import METHODS, EvalSettings
+
+    assert set(_PASSED) == {field.name for field in fields(EvalSettings)}
+    assert list(_METHODS) == list(METHODS)
+    parser = cli._parser()
+    given = vars(parser.parse_args(["eval", "--model", "m", "--data", "d"]))
+    assert EvalSettings(**{name: given[name] for name in _PASSED}) == EvalSettings()
 
 
 def test_rollouts_prints_the_path_of_the_page(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The command line: `eapo-fast demo | train | eval | rollouts | info | compare`.
+"""The command line: `eapo-fast demo | train | eval | table | distill | rollouts | info | compare`.
 
 Each command imports what it needs when it runs, so `--help` answers at once and without torch.
 An error of eapo_fast is one line on stderr and exit status 2; `EAPO_FAST_DEBUG=1` shows where it
@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eapo_fast import env
+from eapo_fast import cli_evaluation, env
+from eapo_fast.cli_parts import at_least as _at_least
+from eapo_fast.cli_parts import command as _command
 from eapo_fast.errors import ConfigError, EapoError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -56,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_train, _add_eval, _add_rollouts, _add_info, _add_compare):
+    _add_demo(commands)
+    _add_train(commands)
+    cli_evaluation.add_commands(commands)
+    for add in (_add_rollouts, _add_info, _add_compare):
         add(commands)
     return parser
 
@@ -67,13 +72,6 @@ class _Version(argparse.Action):
 
         print(f"eapo-fast {eapo_fast.__version__}")
         parser.exit()
-
-
-def _command(commands: Any, name: str, text: str, **options: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False, **options
-    )
-    return command
 
 
 def _add_demo(commands: Any) -> None:
@@ -141,67 +139,6 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_eval(commands: Any) -> None:
-    command = _command(commands, "eval", "measure the accuracy of a model on a JSONL file")
-    add = command.add_argument
-    add("--model", required=True, metavar="DIR", help="transformers directory")
-    add("--data", required=True, metavar="FILE.jsonl", help="problems with their answers")
-    add("--n", type=_at_least(1), default=1, help="samples per problem (default: 1)")
-    add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
-    add("--top-p", type=float, default=0.95, help="nucleus (default: 0.95)")
-    add("--max-tokens", type=_at_least(1), default=512, help="most new tokens (default: 512)")
-    add("--limit", type=_at_least(1), help="first rows only")
-    add("--seed", type=int, default=0, help="seed of the sampler (default: 0)")
-    add("--assisted", action="store_true", help="allow consults (otherwise the model works alone)")
-    add("--expert", choices=("calculator", "openai"), help="who answers when --assisted")
-    add("--expert-url", metavar="URL", help="chat-completions server of an openai expert")
-    add("--expert-model", metavar="NAME", help="model name at that server")
-    add("--expert-key-env", metavar="VAR", help="environment variable with the API key")
-    command.set_defaults(run=_eval)
-
-
-def _eval(arguments: argparse.Namespace) -> int:
-    expert = _eval_expert(arguments)
-    from eapo_fast.evaluation import evaluate_model
-
-    result = evaluate_model(
-        arguments.model,
-        arguments.data,
-        n=arguments.n,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        max_tokens=arguments.max_tokens,
-        limit=arguments.limit,
-        seed=arguments.seed,
-        expert=expert,
-    )
-    for name, value in result.items():
-        print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
-    return 0
-
-
-def _eval_expert(arguments: argparse.Namespace) -> Any:
-    """The expert of an assisted evaluation, None for a solo one."""
-    named = arguments.expert or arguments.expert_url
-    if not arguments.assisted:
-        if named:
-            raise ConfigError("--expert and --expert-url need --assisted: solo means no consults")
-        return None
-    if not named:
-        raise ConfigError("--assisted needs an expert: --expert calculator or --expert-url URL")
-    from eapo_fast.run_config import build_expert
-
-    if arguments.expert == "calculator":
-        return build_expert({"kind": "calculator"})
-    settings = {
-        "base_url": arguments.expert_url,
-        "model": arguments.expert_model,
-        "api_key_env": arguments.expert_key_env,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
-    return build_expert({"kind": "openai"} | given)
-
-
 def _add_rollouts(commands: Any) -> None:
     command = _command(commands, "rollouts", "write a run's report page and print its path")
     command.add_argument("run_dir", metavar="RUN_DIR", help="a directory with metrics.jsonl")
@@ -240,17 +177,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     from eapo_fast.demo.compare import main as compare
 
     return compare(arguments.options) or 0
-
-
-def _at_least(least: int) -> Any:
-    def whole(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"got {value}, allowed is {least} or more")
-        return value
-
-    whole.__name__ = "whole number"
-    return whole
 
 
 if __name__ == "__main__":

@@ -189,7 +189,8 @@ class Trainer:
         """Evaluate on `eval_dataset`: alone, or with consults that are always accepted.
 
         Returns:
-            `eval_solo_*` or `eval_assisted_*`: accuracy, its 95 % interval, reward, lengths.
+            `eval_solo_*` or `eval_assisted_*`: accuracy (mean@n), its 95 % interval, reward,
+            lengths; with `num_generations_eval` above 1 also `any_at_n`, `maj_at_n` and `var`.
         """
         return self.evaluation(assisted=assisted).metrics("assisted" if assisted else "solo")
 

@@ -46,6 +46,7 @@ REFERENCES = {
     "solution": ({"solution": "text #### 7"}, "7", "text #### 7"),
     "plain": ({"answer": "7"}, "7", None),
     "unmarked solution": ({"solution": "long proof"}, None, "long proof"),
+    "empty answer": ({"answer": "", "solution": r"\boxed{8}"}, "8", r"\boxed{8}"),
     "solution beside answer": ({"answer": "#### 3", "solution": "s"}, "3", "s"),
 }
 
@@ -56,6 +57,26 @@ REFERENCES = {
 def test_reference_answers(columns: dict[str, str], answer: str, solution: str) -> None:
     row = load_dataset([{"prompt": "p", **columns}])[0]
     assert (row.get("answer"), row.get("solution")) == (answer, solution)
+
+
+FORMATS = {
+    "GSM8K": ({"question": "q", "answer": "2*3=<<2*3=6>>6\n#### 6"}, "6"),
+    "GSM8K thousands": ({"question": "q", "answer": "so\n#### 1,080"}, "1,080"),
+    "MATH": ({"problem": "q", "solution": r"$x=\boxed{\frac{1}{2}}$", "level": "Level 5"},
+             r"\frac{1}{2}"),
+    "MATH-500": ({"problem": "q", "solution": r"\boxed{3}", "answer": "3", "level": 2}, "3"),
+    "AIME 2024": ({"ID": "2024-I-1", "Problem": "q", "Solution": "...", "Answer": 204}, "204"),
+    "AIME 2025": ({"problem": "q", "answer": "070", "id": 3}, "070"),
+    "AIMO": ({"question": "q", "answer": 250}, "250"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "answer"), FORMATS.values(), ids=FORMATS.keys())
+def test_rows_as_the_public_sets_have_them(row: dict[str, Any], answer: str) -> None:
+    [loaded] = load_dataset([row])
+    assert (loaded["prompt"], loaded["answer"]) == ("q", answer)
+    assert check_golds([loaded]) == []
+    assert set(row) <= set(loaded)
 
 
 def test_missing_file_names_the_path(tmp_path: Path) -> None:

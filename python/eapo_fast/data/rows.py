@@ -15,15 +15,17 @@ Row = dict[str, Any]
 PROBLEM_COLUMNS = ("problem", "question")
 """Columns that become the prompt when there is no `prompt`."""
 PROMPT_COLUMNS = ("prompt", *PROBLEM_COLUMNS)
+_READ_COLUMNS = (*PROMPT_COLUMNS, "answer", "solution")
 _SHOWN = 5
 
 
 def load_dataset(source: Any, *, name: str = "train_dataset") -> list[Row]:
     """Read a data set into rows that all have a `prompt`, and an `answer` where it can be found.
 
-    A `problem` or `question` is copied to `prompt`. The reference answer is taken from `answer`,
-    else from `solution`; what follows `####` or stands in the last box is kept as `answer`, and a
-    worked-out `answer` moves to `solution`. Other columns are kept as they are.
+    A `problem` or `question` is copied to `prompt`; names may be capitalised (`Problem`). The
+    reference answer is taken from `answer`, else from `solution`; what follows `####` or stands in
+    the last box is kept as `answer`, and a worked-out `answer` moves to `solution`. Other columns
+    are kept as they are.
 
     Args:
         source: Path of a JSONL file (one object a line), a list of dicts, or a `datasets.Dataset`
@@ -119,6 +121,9 @@ def _checked(row: Any, place: str) -> Row:
 
 
 def _completed(row: Row, place: str) -> Row:
+    for name in list(row):
+        if isinstance(name, str) and name.lower() in _READ_COLUMNS:
+            row.setdefault(name.lower(), row[name])
     column = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
     if column is None:
         hints = (suggest(found, PROMPT_COLUMNS) for found in row)
@@ -143,7 +148,7 @@ def _checked_prompt(prompt: Any, place: str) -> Any:
 
 
 def _with_answer(row: Row) -> Row:
-    given = row.get("answer")
+    given = row.get("answer") if row.get("answer") != "" else None
     source = given if given is not None else row.get("solution")
     if not isinstance(source, str):
         if given is not None:

@@ -98,6 +98,8 @@ def output_folder(args: EAPOConfig, model: PreTrainedModel) -> Path:
 
 def _from_path(path: str) -> PreTrainedModel:
     folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return _with_saved_adapter(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(
             f"model: {path} has no config.json, so it is not a transformers model directory"
@@ -112,6 +114,20 @@ def _from_path(path: str) -> PreTrainedModel:
             f"or its cache gives ({reason})"
         ) from error
     return model
+
+
+def _with_saved_adapter(folder: Path) -> PreTrainedModel:
+    """Load the base model that an adapter names and merge the adapter into it."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ModelError(f"model: {folder} is an adapter; it needs pip install peft") from error
+    base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    wrapped: Any = PeftModel.from_pretrained(_from_path(base), str(folder))
+    model: PreTrainedModel = wrapped.merge_and_unload()
+    if (folder / "tokenizer.json").is_file():
+        model.name_or_path = str(folder)
+    return model.requires_grad_()
 
 
 def _disable_dropout(model: torch.nn.Module) -> None:

@@ -1,0 +1,27 @@
+"""What the modules of the command line share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def command(commands: Any, name: str, text: str, **options: Any) -> argparse.ArgumentParser:
+    """Add a command whose help is `text`."""
+    added: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False, **options
+    )
+    return added
+
+
+def at_least(least: int) -> Any:
+    """Return an argument type: whole numbers from `least`."""
+
+    def whole(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"got {value}, allowed is {least} or more")
+        return value
+
+    whole.__name__ = "whole number"
+    return whole
