@@ -30,6 +30,10 @@ class Amount(NamedTuple):
         """The sum, field by field."""
         return Amount(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def most(self, other: Amount) -> Amount:
+        """The larger of the two, field by field."""
+        return Amount(*(max(a, b) for a, b in zip(self, other, strict=True)))
+
     def minus(self, other: Amount) -> Amount:
         """The difference, field by field."""
         return Amount(*(a - b for a, b in zip(self, other, strict=True)))
