@@ -240,6 +240,8 @@ class Trainer:
     def _build_sampler(self, expert: Expert | None, protocol: ConsultProtocol | None) -> None:
         args = self.args
         self.expert = expert
+        if getattr(expert, "model", None) is self.model:
+            raise ConfigError("expert: it holds the policy itself; give it a copy of the model")
         if expert is not None and protocol is None:
             protocol = ConsultProtocol()
         if protocol is not None:
