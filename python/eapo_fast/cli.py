@@ -1,4 +1,4 @@
-"""The command line: `eapo-fast demo | train | eval | rollouts | info | compare`.
+"""The command line: `eapo-fast demo | train | eval | rollouts | consults | info | compare`.
 
 Each command imports what it needs when it runs, so `--help` answers at once and without torch.
 An error of eapo_fast is one line on stderr and exit status 2; `EAPO_FAST_DEBUG=1` shows where it
@@ -56,7 +56,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_train, _add_eval, _add_rollouts, _add_info, _add_compare):
+    for add in (
+        _add_demo,
+        _add_train,
+        _add_eval,
+        _add_rollouts,
+        _add_consults,
+        _add_info,
+        _add_compare,
+    ):
         add(commands)
     return parser
 
@@ -193,6 +201,12 @@ def _eval_expert(arguments: argparse.Namespace) -> Any:
 
     if arguments.expert == "calculator":
         return build_expert({"kind": "calculator"})
+    return _openai_expert(arguments)
+
+
+def _openai_expert(arguments: argparse.Namespace) -> Any:
+    from eapo_fast.run_config import build_expert
+
     settings = {
         "base_url": arguments.expert_url,
         "model": arguments.expert_model,
@@ -212,6 +226,34 @@ def _rollouts(arguments: argparse.Namespace) -> int:
     from eapo_fast.reporting.report import write_report
 
     print(write_report(Path(arguments.run_dir)))
+    return 0
+
+
+def _add_consults(commands: Any) -> None:
+    text = "show a run's slowest, dearest and failed consults, or replay one"
+    command = _command(commands, "consults", text)
+    add = command.add_argument
+    add("run_dir", metavar="RUN_DIR", help="a directory with consults.jsonl")
+    add("--top", type=_at_least(1), default=10, help="rows of each table (default: 10)")
+    add("--replay", metavar="ID", help="step/prompt/rollout/turn/query: this consult alone")
+    add("--expert-url", metavar="URL", help="with --replay: ask this chat-completions server anew")
+    add("--expert-model", metavar="NAME", help="model name at that server")
+    add("--expert-key-env", metavar="VAR", help="environment variable with the API key")
+    command.set_defaults(run=_consults)
+
+
+def _consults(arguments: argparse.Namespace) -> int:
+    from eapo_fast.reporting import consults
+
+    folder = Path(arguments.run_dir)
+    if arguments.replay is None:
+        if arguments.expert_url:
+            raise ConfigError("--expert-url needs --replay: say which consult to ask anew")
+        print(consults.consult_report(folder, arguments.top))
+    elif arguments.expert_url:
+        print(consults.ask_again(folder, arguments.replay, _openai_expert(arguments)))
+    else:
+        print(consults.replay_consult(folder, arguments.replay))
     return 0
 
 
