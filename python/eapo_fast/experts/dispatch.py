@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from eapo_fast._core import keyed_uniform
 from eapo_fast.experts.base import ACCEPTED, ExpertReply
@@ -99,7 +100,13 @@ class Dispatcher:
             flight.call = call
         call.task = self.loop.create_task(self._carry(call))
         self._tasks.add(call.task)
-        call.task.add_done_callback(self._tasks.discard)
+        call.task.add_done_callback(partial(self._ended, call))
+
+    def _ended(self, call: Call, task: asyncio.Task[None]) -> None:
+        """Forget a task; one that was cancelled before its first step has not settled anything."""
+        self._tasks.discard(task)
+        if any(flight.call is call for flight in call.flights):
+            self._abandon(call)
 
     async def _carry(self, call: Call) -> None:
         try:
@@ -162,8 +169,9 @@ class Dispatcher:
         elif any(flight.sent for flight in call.flights):
             self.breaker.abandon(now)
         for flight in call.flights:
-            flight.call = None
-            self.board.settle(flight, None if flight.sent else _unbilled())
+            if flight.call is call:
+                flight.call = None
+                self.board.settle(flight, None if flight.sent else _unbilled())
 
     def _after(self, flight: Flight, reply: ExpertReply) -> None:
         self.board.settle(flight, reply)
