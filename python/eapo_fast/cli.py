@@ -16,6 +16,7 @@ from typing import Any
 from eapo_fast import cli_evaluation, env
 from eapo_fast.cli_parts import at_least as _at_least
 from eapo_fast.cli_parts import command as _command
+from eapo_fast.cli_parts import openai_expert
 from eapo_fast.errors import ConfigError, EapoError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -174,7 +175,7 @@ def _consults(arguments: argparse.Namespace) -> int:
             raise ConfigError("--expert-url needs --replay: say which consult to ask anew")
         print(consults.consult_report(folder, arguments.top))
     elif arguments.expert_url:
-        print(consults.ask_again(folder, arguments.replay, _openai_expert(arguments)))
+        print(consults.ask_again(folder, arguments.replay, openai_expert(arguments)))
     else:
         print(consults.replay_consult(folder, arguments.replay))
     return 0

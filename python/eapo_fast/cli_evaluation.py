@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from eapo_fast.cli_parts import at_least, command
+from eapo_fast.cli_parts import at_least, command, openai_expert
 from eapo_fast.errors import ConfigError
 
 _METHODS = ("base", "workflow", "distillation", "self-exploratory", "eapo")
@@ -119,17 +119,11 @@ def _expert(arguments: argparse.Namespace) -> Any:
         return None
     if not named:
         raise ConfigError("--assisted needs an expert: --expert calculator or --expert-url URL")
-    from eapo_fast.run_config import build_expert
-
     if arguments.expert == "calculator":
+        from eapo_fast.run_config import build_expert
+
         return build_expert({"kind": "calculator"})
-    settings = {
-        "base_url": arguments.expert_url,
-        "model": arguments.expert_model,
-        "api_key_env": arguments.expert_key_env,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
-    return build_expert({"kind": "openai"} | given)
+    return openai_expert(arguments)
 
 
 def _add_table(commands: Any) -> None:

@@ -25,3 +25,16 @@ def at_least(least: int) -> Any:
 
     whole.__name__ = "whole number"
     return whole
+
+
+def openai_expert(arguments: argparse.Namespace) -> Any:
+    """Return the expert behind --expert-url, --expert-model and --expert-key-env."""
+    from eapo_fast.run_config import build_expert
+
+    settings = {
+        "base_url": arguments.expert_url,
+        "model": arguments.expert_model,
+        "api_key_env": arguments.expert_key_env,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    return build_expert({"kind": "openai"} | given)
