@@ -1,7 +1,7 @@
 """Faults of a real HTTP server, one kind after another and all together.
 
 `EAPO_FAST_CHAOS=1000 pytest tests/experts/test_chaos.py` asks 1000 consults of each kind instead of
-50 (in waves of 50, 16 minutes).
+50 (in waves of 50: about nine minutes).
 """
 
 from __future__ import annotations

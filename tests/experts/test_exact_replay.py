@@ -118,7 +118,7 @@ def test_a_replay_that_goes_another_way_is_an_error(
     recorded: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, _ = recorded
-    with pytest.raises(ReplayMismatch, match="Replay|replay"):
+    with pytest.raises(ReplayMismatch, match="eplay"):
         train(tmp_path / "seed", Calculator(), monkeypatch, expert_replay=str(path), seed=5)
 
 

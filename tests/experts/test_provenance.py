@@ -99,7 +99,9 @@ def check_lines(lines: list[dict[str, Any]], step: int, rollouts: list[Rollout])
     assert len({line["id"] for line in lines}) == len(lines)
     checked = 0
     for rollout in rollouts:
-        mine = [l for l in lines if place(l) == (step, rollout.prompt_id, rollout.sample_index)]
+        mine = [
+            one for one in lines if place(one) == (step, rollout.prompt_id, rollout.sample_index)
+        ]
         segments = [tuple(line["segment"]) for line in mine]
         assert sorted(set(segments)) == spans_of(rollout)
         last = 0
@@ -199,9 +201,9 @@ def test_the_command_shows_and_replays(
     shown = capsys.readouterr().out
     assert all(title in shown for title in ("slowest", "dearest", "failed ("))
     assert "not today" in shown
-    lines = [l for l in read_consults(folder / "consults.jsonl") if l["kind"] == "consult"]
+    lines = [one for one in read_consults(folder / "consults.jsonl") if one["kind"] == "consult"]
     for status in ("ok", "declined", "refused"):
-        line = next(l for l in lines if l["status"] == status)
+        line = next(one for one in lines if one["status"] == status)
         assert main(["consults", str(folder), "--replay", line["id"]]) == 0
         out = capsys.readouterr().out
         assert line["query"] in out
