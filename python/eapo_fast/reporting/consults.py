@@ -9,7 +9,7 @@ from typing import Any
 
 from eapo_fast.errors import ConfigError, DataError, suggest
 from eapo_fast.experts import ConsultPolicy, ConsultRequest, ConsultScheduler, ExpertReply, Function
-from eapo_fast.experts.lines import digest
+from eapo_fast.experts.lines import digest, read_sealed
 
 Line = dict[str, Any]
 GOOD = ("ok", "cached", "declined")
@@ -63,9 +63,7 @@ def request_of(line: Line) -> ConsultRequest:
 
 
 def _consults(run_dir: Path) -> list[Line]:
-    from eapo_fast.training.consult_log import read_consults
-
-    lines = read_consults(run_dir / "consults.jsonl")
+    lines = read_sealed(run_dir / "consults.jsonl")
     return [line for line in lines if line["kind"] == "consult"]
 
 
