@@ -241,7 +241,7 @@ def test_spans_of_a_block_with_several_queries(scripted: Callable[..., Sampler])
 
 
 @pytest.mark.parametrize(
-    ("block", "shares"), [("<q>a</q><q>b</q>", [1, 0]), ("<q>a</q>", [1]), ("bare", [])]
+    ("block", "shares"), [("<q>1/0</q><q>2/0</q>", [1, 0]), ("<q>1/0</q>", [1]), ("bare", [])]
 )
 def test_a_notice_belongs_to_the_first_query(
     scripted: Callable[..., Sampler], block: str, shares: list[int]
