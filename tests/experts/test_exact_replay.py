@@ -186,7 +186,7 @@ def test_a_replay_repeats_what_was_given_away_under_pressure(tmp_path: Path) -> 
 
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
     model = AutoModelForCausalLM.from_pretrained(POLICY).eval()
-    words = build_dataset("train", 12, 0, steps=(4, 6))
+    words = build_dataset("train", 8, 0, steps=(4, 6))
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in words]
 
     async def slow(request: ConsultRequest) -> str:
@@ -194,7 +194,7 @@ def test_a_replay_repeats_what_was_given_away_under_pressure(tmp_path: Path) -> 
         return Calculator().reply(request.query).text or "unreadable"
 
     def collect(expert: Expert, **settings: Any) -> tuple[list[Any], dict[str, int]]:
-        sampler = Sampler(model, tokenizer, SamplerConfig(num_blocks=40, block_size=8))
+        sampler = Sampler(model, tokenizer, SamplerConfig(num_blocks=32, block_size=8))
         policy = ConsultPolicy(timeout=20.0, dedup="off", **settings)
         with ConsultScheduler(expert, policy) as desk:
             rollouts = collect_rollouts(
