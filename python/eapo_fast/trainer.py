@@ -211,7 +211,8 @@ class Trainer:
                 consult_schedule="constant", expert_record=None, expert_replay=None
             )
             self.ledger.forget(step=0)  # caps per step, prompt and rollout start anew
-            with build_scheduler(self.expert, always, self.state.max_steps, self.ledger) as scheduler:  # type: ignore[arg-type]
+            total, expert = self.state.max_steps, self.expert
+            with build_scheduler(expert, always, total, self.ledger) as scheduler:  # type: ignore[arg-type]
                 return self._evaluate(rows, prompts, scheduler)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
@@ -401,9 +402,7 @@ class Trainer:
     ) -> dict[str, float]:
         if (step - 1) % self.args.reliance_steps:
             return {}
-        chosen = assisted_and_correct(
-            generation.rollouts, accuracies, self.args.reliance_rollouts
-        )
+        chosen = assisted_and_correct(generation.rollouts, accuracies, self.args.reliance_rollouts)
         return {"expert/reliance": reliance(self.updater, chosen)} if chosen else {}
 
     def _log(self, metrics: dict[str, float]) -> None:
