@@ -12,6 +12,7 @@ from typing import Any
 from eapo_fast.cli_parts import at_least, command
 from eapo_fast.errors import ConfigError
 
+_EXPERTS = ("calculator", "openai", "local", "recorded")
 _METHODS = ("base", "workflow", "distillation", "self-exploratory", "eapo")
 _PASSED = (
     "method",
@@ -65,10 +66,12 @@ def _add_eval(commands: Any) -> None:
     add("--cpu", action="store_true", help="stay on the CPU even when a GPU is there")
     add("--quiet", action="store_true", help="no progress lines")
     add("--assisted", action="store_true", help="allow consults (otherwise the model works alone)")
-    add("--expert", choices=("calculator", "openai"), help="who answers when --assisted")
+    add("--expert", choices=_EXPERTS, help="who answers when --assisted")
     add("--expert-url", metavar="URL", help="chat-completions server of an openai expert")
-    add("--expert-model", metavar="NAME", help="model name at that server")
+    add("--expert-model", metavar="NAME", help="model at that server; directory of a local expert")
     add("--expert-key-env", metavar="VAR", help="environment variable with the API key")
+    add("--expert-record", metavar="FILE", help="write every reply to this file")
+    add("--expert-replay", metavar="FILE", help="answer from such a file (expert: recorded)")
     add("--expert-timeout", type=float, default=60.0, help="seconds per consult (default: 60)")
     add("--consult-prompt", metavar="TEXT", help='how to consult (default: built in; "": none)')
     add("--max-turns", type=at_least(2), default=10, help="turns when --assisted (default: 10)")
@@ -89,6 +92,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             arguments.out,
             settings,
             expert=expert,
+            expert_record=arguments.expert_record,
             restart=arguments.restart,
             use_cpu=arguments.cpu,
             progress=None if arguments.quiet else progress_line(sys.stderr),
@@ -111,25 +115,31 @@ def _plain_warnings() -> Iterator[None]:
 
 def _expert(arguments: argparse.Namespace) -> Any:
     """The expert of an assisted evaluation, None for a solo one."""
-    named = arguments.expert or arguments.expert_url
-    assisted = arguments.assisted or arguments.method == "workflow"
-    if not assisted:
-        if named:
-            raise ConfigError("--expert and --expert-url need --assisted: solo means no consults")
+    given = {name: getattr(arguments, f"expert_{name}") for name in ("url", "model", "key_env")}
+    replay = arguments.expert_replay
+    kind = arguments.expert or ("openai" if given["url"] else "recorded" if replay else None)
+    if not (arguments.assisted or arguments.method == "workflow"):
+        if kind or arguments.expert_record:
+            raise ConfigError("--expert and its options need --assisted: solo means no consults")
         return None
-    if not named:
-        raise ConfigError("--assisted needs an expert: --expert calculator or --expert-url URL")
+    if kind is None:
+        raise ConfigError(
+            f"--assisted needs an expert: --expert {'|'.join(_EXPERTS)}, or --expert-url URL"
+        )
+    names = {
+        "calculator": {},
+        "openai": {
+            "base_url": given["url"],
+            "model": given["model"],
+            "api_key_env": given["key_env"],
+        },
+        "local": {"model": given["model"]},
+        "recorded": {"path": replay},
+    }
     from eapo_fast.run_config import build_expert
 
-    if arguments.expert == "calculator":
-        return build_expert({"kind": "calculator"})
-    settings = {
-        "base_url": arguments.expert_url,
-        "model": arguments.expert_model,
-        "api_key_env": arguments.expert_key_env,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
-    return build_expert({"kind": "openai"} | given)
+    settings = {name: value for name, value in names[kind].items() if value is not None}
+    return build_expert({"kind": kind} | settings)
 
 
 def _add_table(commands: Any) -> None:

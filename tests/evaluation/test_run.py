@@ -19,7 +19,7 @@ from eapo_fast.errors import ConfigError, DataError
 from eapo_fast.evaluation import EvalSettings, evaluate_model
 from eapo_fast.evaluation.store import PROBLEMS, read_lines, read_result
 from eapo_fast.evaluation.table import write_table
-from eapo_fast.experts import Calculator, ConsultRequest, Function
+from eapo_fast.experts import Calculator, ConsultRequest, Function, Recorded
 from eapo_fast.rewards import verify
 
 Quick = Callable[..., EvalSettings]
@@ -238,6 +238,19 @@ def test_the_expert_reads_the_problem(
     prompts = [json.loads(line)["prompt"] for line in problems.read_text().splitlines()]
     assert seen
     assert all(request.problem == prompts[request.prompt] for request in seen)
+
+
+def test_recorded_replies_give_the_same_evaluation(
+    policy: str, problems: Path, tmp_path: Path, quick: Quick
+) -> None:
+    record = tmp_path / "consults.jsonl"
+    answered = Function(lambda request: str(len(request.query)), identity="lengths", immediate=True)
+    first = evaluate_model(
+        policy, problems, tmp_path / "a", quick(), expert=answered, expert_record=record
+    )
+    again = evaluate_model(policy, problems, tmp_path / "b", quick(), expert=Recorded(record))
+    assert again["results"] == first["results"]
+    assert again["results"]["consults"]["accepted_per_sample"] > 0
 
 
 def test_an_expert_that_cannot_be_reached_ends_it_before_sampling(
