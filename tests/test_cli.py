@@ -236,7 +236,8 @@ def test_table_and_distill_hand_their_options_on(module, tmp_path, capsys):
         return {"steps": 7, "loss_last": 0.25}
 
     module("eapo_fast.evaluation.table", write_table=write_table)
-    module("eapo_fast.distillation", distill=distill, DistillSettings=dict)
+    module("eapo_fast.distillation", distill=distill, DistillSettings=dict,
+           collect_solutions=None)  # fmt: skip
     assert cli.main(["table", "a", "b", "--out", "x"]) == 0
     words = ["--model", "m", "--data", "d", "--out", "o", "--lora", "8", "--max-steps", "7"]
     assert cli.main(["distill", *words]) == 0

@@ -174,10 +174,15 @@ def _add_distill(commands: Any) -> None:
         "--data",
         required=True,
         metavar="FILE.jsonl",
-        help="problems with a solution column, or the folder of an expert's evaluation, whose "
-        "correct samples are the solutions",
+        help="problems with a solution column (with --expert: with answers), or the folder of an "
+        "expert's evaluation, whose correct samples are the solutions",
     )
     add("--out", required=True, metavar="DIR", help="checkpoints, metrics and final/ go here")
+    add("--expert", choices=("openai", "local"), help="ask it for the solutions first")
+    add("--expert-url", metavar="URL", help="chat-completions server of an openai expert")
+    add("--expert-model", metavar="NAME", help="model at that server; directory of a local expert")
+    add("--expert-key-env", metavar="VAR", help="environment variable with the API key")
+    add("--samples", type=at_least(1), default=1, help="solutions asked per problem (default: 1)")
     add("--epochs", type=float, default=3.0, help="passes over the solutions (default: 3)")
     add("--max-steps", type=at_least(1), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=at_least(1), default=32, help="solutions per step (default: 32)")
@@ -193,21 +198,49 @@ def _add_distill(commands: Any) -> None:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
-    from eapo_fast.distillation import DistillSettings, distill
+    expert = _solving_expert(arguments)
+    from eapo_fast.distillation import DistillSettings, collect_solutions, distill
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
     names = ("epochs", "max_steps", "batch_size", "learning_rate", "lora", "max_length")
     more = ("save_steps", "seed", "system_prompt")
     settings = DistillSettings(**{name: getattr(arguments, name) for name in (*names, *more)})
+    data = arguments.data
     with _plain_warnings():
+        if expert is not None:
+            data = collect_solutions(
+                data, expert, arguments.out, samples=arguments.samples, progress=tell
+            )
         summary = distill(
             arguments.model,
-            arguments.data,
+            data,
             arguments.out,
             settings,
             restart=arguments.restart,
             use_cpu=arguments.cpu,
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
+            progress=tell,
         )
     for name, value in summary.items():
         print(f"{name:<14} {value:.4f}" if isinstance(value, float) else f"{name:<14} {value}")
     return 0
+
+
+def _solving_expert(arguments: argparse.Namespace) -> Any:
+    """The expert that is asked for whole solutions; None: the data holds them."""
+    kind = arguments.expert or ("openai" if arguments.expert_url else None)
+    if kind is None:
+        return None
+    from eapo_fast.distillation.collect import MAX_REPLY_TOKENS, SYSTEM
+    from eapo_fast.run_config import build_expert
+
+    settings = {
+        "model": arguments.expert_model,
+        "base_url": arguments.expert_url,
+        "api_key_env": arguments.expert_key_env,
+        "temperature": 0.6 if arguments.samples > 1 and kind == "openai" else None,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    asked = {"system": SYSTEM, "prompt": "{query}", "max_reply_tokens": MAX_REPLY_TOKENS}
+    return build_expert({"kind": kind} | asked | given)

@@ -246,7 +246,7 @@ class _Run:
                 scheduler=scheduler,
                 step=0,
                 prompt_ids=range(first, stop),
-                problems=[_text(row["prompt"]) for row in self.rows[first:stop]],
+                problems=[problem_text(row["prompt"]) for row in self.rows[first:stop]],
                 on_group=grade,
             )
         seconds = time.perf_counter() - started
@@ -272,7 +272,7 @@ class _Run:
         return "\n\n".join(part for part in (settings.system_prompt, text) if part) or None
 
 
-def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+def problem_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """Return what the expert reads as the problem."""
     if isinstance(prompt, str):
         return prompt
