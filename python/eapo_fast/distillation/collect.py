@@ -100,10 +100,10 @@ def _right(
 ) -> Iterator[dict[str, Any]]:
     for number, (row, handle) in enumerate(asked, start=1):
         result = handle.result()
-        outcome = result.status
+        outcome = str(result.status)
         if result.accepted:
             verdict = verify(result.text, str(row["answer"]))
-            outcome = "cut" if result.truncated else verdict.status  # type: ignore[assignment]
+            outcome = "cut" if result.truncated else verdict.status
         counts[outcome] += 1
         if outcome == "correct":
             yield {**row, "solution": result.text}
