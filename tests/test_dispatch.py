@@ -27,10 +27,12 @@ def run(n=64):
     _core.set_num_threads(2)
 
 run(); run()
+openmp = "parallel backend: OpenMP" in torch.__config__.parallel_info()
+assert _core.shares_openmp() == openmp, "on Linux"
 pid = os.fork()
 if pid == 0:
     run()
-    os._exit(7 if _core.num_threads() == 2 else 1)
+    os._exit(7 if _core.num_threads() == 2 and not _core.shares_openmp() else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 

@@ -292,6 +292,13 @@ void bind_cpu(py::module_& m) {
   m.def("set_isa", &cpu::set_isa, py::arg("name"));
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("count"));
+  m.def(
+      "share_openmp",
+      [](std::uintptr_t address) {
+        cpu::share_openmp(reinterpret_cast<cpu::OpenMpParallel>(address));
+      },
+      py::arg("gomp_parallel"));
+  m.def("shares_openmp", &cpu::shares_openmp);
   m.def("sample", &sample, py::arg("logits"), py::arg("sample_rows"), py::arg("temperatures"),
         py::arg("top_ks"), py::arg("top_ps"), py::arg("min_ps"), py::arg("uniforms"),
         py::arg("ban_rows"), py::arg("ban_ids"), py::arg("out_tokens"), py::arg("out_logprobs"),

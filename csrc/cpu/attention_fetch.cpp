@@ -5,8 +5,8 @@
 namespace eapo::cpu {
 namespace {
 
-// Far enough to cover the latency of memory, and half of a small second-level cache.
-constexpr int64_t kAheadBytes = 1 << 17;
+// Far enough to cover the latency of memory, and a small part of a second-level cache.
+constexpr int64_t kAheadBytes = 1 << 16;
 
 }  // namespace
 
@@ -45,7 +45,7 @@ void Fetcher::pass_tile() {
 
 void Fetcher::step_over_runs(int lines) {
   for (; lines > 0 && cursor_ < end_; --lines) {
-    __builtin_prefetch(cursor_);
+    __builtin_prefetch(cursor_, 0, kLevel2);
     cursor_ += kLine;
     if (cursor_ >= end_) next_run();
   }

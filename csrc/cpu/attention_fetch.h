@@ -27,13 +27,15 @@ class Fetcher {
   EAPO_INLINE void step() {
     if (cursor_ >= end_) return;
     if (end_ - cursor_ < Lines * kLine) return step_over_runs(Lines);
-    for (int i = 0; i < Lines; ++i) __builtin_prefetch(cursor_ + i * kLine);
+    for (int i = 0; i < Lines; ++i) __builtin_prefetch(cursor_ + i * kLine, 0, kLevel2);
     cursor_ += Lines * kLine;
     if (cursor_ >= end_) next_run();
   }
 
  private:
   static constexpr int64_t kLine = 64;  // bytes
+  // Into the second-level cache: the few fill buffers of the first level limit what is under way.
+  static constexpr int kLevel2 = 2;
 
   void next_run();
   void step_over_runs(int lines);

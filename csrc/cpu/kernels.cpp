@@ -1,12 +1,10 @@
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <iterator>
 #include <limits>
 #include <new>
-#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>

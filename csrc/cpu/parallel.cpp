@@ -96,11 +96,13 @@ class Pool {
 struct State {
   std::mutex turn;
   std::atomic<int> threads{std::max(1, static_cast<int>(std::thread::hardware_concurrency()))};
+  std::atomic<OpenMpParallel> openmp{nullptr};
   std::unique_ptr<Pool> pool;
 };
 State* state = nullptr;
 
-// A forked child has the pool's memory but none of its threads: start afresh, keep the count.
+// A forked child has the memory of the pool (ours or OpenMP's) but none of its threads: start afresh
+// with our own, keep the count.
 void after_fork_in_child() {
   const int threads = state->threads;
   state = new State;
@@ -117,6 +119,14 @@ State& shared() {
   return *state;
 }
 
+void run_on_own_pool(State& pool_state, int threads, Job& job) {
+  if (!pool_state.pool || pool_state.pool->workers() != threads - 1) {
+    pool_state.pool.reset();
+    pool_state.pool = std::make_unique<Pool>(threads - 1);
+  }
+  pool_state.pool->run(job);
+}
+
 }  // namespace
 
 int num_threads() { return shared().threads; }
@@ -127,6 +137,10 @@ void set_num_threads(int count) {
   shared().threads = count;
 }
 
+void share_openmp(OpenMpParallel parallel) { shared().openmp = parallel; }
+
+bool shares_openmp() { return shared().openmp != nullptr; }
+
 void parallel_for(int64_t count, int64_t grain,
                   const std::function<void(int64_t, int64_t)>& body) {
   if (count <= 0) return;
@@ -135,12 +149,12 @@ void parallel_for(int64_t count, int64_t grain,
   const int wanted = pool_state.threads;
   if (wanted == 1 || count <= grain) return body(0, count);
   std::lock_guard turn(pool_state.turn);
-  if (!pool_state.pool || pool_state.pool->workers() != wanted - 1) {
-    pool_state.pool.reset();
-    pool_state.pool = std::make_unique<Pool>(wanted - 1);
-  }
   Job job{.count = count, .grain = grain, .body = body, .failure_mutex = {}, .failure = {}};
-  pool_state.pool->run(job);
+  if (const OpenMpParallel openmp = pool_state.openmp)
+    openmp([](void* work) { static_cast<Job*>(work)->run(); }, &job,
+           static_cast<unsigned>(wanted), 0);
+  else
+    run_on_own_pool(pool_state, wanted, job);
   if (job.failure) std::rethrow_exception(job.failure);
 }
 

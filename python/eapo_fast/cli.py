@@ -1,4 +1,4 @@
-"""The command line: `eapo-fast demo | train | eval | table | distill | rollouts | info | compare`.
+"""The command line of `eapo-fast`: demo, train, eval, table, distill, rollouts, consults, ...
 
 Each command imports what it needs when it runs, so `--help` answers at once and without torch.
 An error of eapo_fast is one line on stderr and exit status 2; `EAPO_FAST_DEBUG=1` shows where it
@@ -16,6 +16,7 @@ from typing import Any
 from eapo_fast import cli_evaluation, env
 from eapo_fast.cli_parts import at_least as _at_least
 from eapo_fast.cli_parts import command as _command
+from eapo_fast.cli_parts import openai_expert
 from eapo_fast.errors import ConfigError, EapoError
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     cli_evaluation.add_commands(commands)
-    for add in (_add_rollouts, _add_info, _add_compare):
+    for add in (_add_rollouts, _add_consults, _add_info, _add_compare):
         add(commands)
     return parser
 
@@ -149,6 +150,34 @@ def _rollouts(arguments: argparse.Namespace) -> int:
     from eapo_fast.reporting.report import write_report
 
     print(write_report(Path(arguments.run_dir)))
+    return 0
+
+
+def _add_consults(commands: Any) -> None:
+    text = "show a run's slowest, dearest and failed consults, or replay one"
+    command = _command(commands, "consults", text)
+    add = command.add_argument
+    add("run_dir", metavar="RUN_DIR", help="a directory with consults.jsonl")
+    add("--top", type=_at_least(1), default=10, help="rows of each table (default: 10)")
+    add("--replay", metavar="ID", help="step/prompt/rollout/turn/query: this consult alone")
+    add("--expert-url", metavar="URL", help="with --replay: ask this chat-completions server anew")
+    add("--expert-model", metavar="NAME", help="model name at that server")
+    add("--expert-key-env", metavar="VAR", help="environment variable with the API key")
+    command.set_defaults(run=_consults)
+
+
+def _consults(arguments: argparse.Namespace) -> int:
+    from eapo_fast.reporting import consults
+
+    folder = Path(arguments.run_dir)
+    if arguments.replay is None:
+        if arguments.expert_url:
+            raise ConfigError("--expert-url needs --replay: say which consult to ask anew")
+        print(consults.consult_report(folder, arguments.top))
+    elif arguments.expert_url:
+        print(consults.ask_again(folder, arguments.replay, openai_expert(arguments)))
+    else:
+        print(consults.replay_consult(folder, arguments.replay))
     return 0
 
 

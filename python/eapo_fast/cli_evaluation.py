@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from eapo_fast.cli_parts import at_least, command
+from eapo_fast.cli_parts import at_least, command, named_expert, openai_expert
 from eapo_fast.errors import ConfigError
 
 _EXPERTS = ("calculator", "openai", "local", "recorded")
@@ -115,9 +115,9 @@ def _plain_warnings() -> Iterator[None]:
 
 def _expert(arguments: argparse.Namespace) -> Any:
     """The expert of an assisted evaluation, None for a solo one."""
-    given = {name: getattr(arguments, f"expert_{name}") for name in ("url", "model", "key_env")}
-    replay = arguments.expert_replay
-    kind = arguments.expert or ("openai" if given["url"] else "recorded" if replay else None)
+    by_option = "openai" if arguments.expert_url else None
+    by_option = by_option or ("recorded" if arguments.expert_replay else None)
+    kind = arguments.expert or by_option
     if not (arguments.assisted or arguments.method == "workflow"):
         if kind or arguments.expert_record:
             raise ConfigError("--expert and its options need --assisted: solo means no consults")
@@ -126,20 +126,13 @@ def _expert(arguments: argparse.Namespace) -> Any:
         raise ConfigError(
             f"--assisted needs an expert: --expert {'|'.join(_EXPERTS)}, or --expert-url URL"
         )
-    names = {
-        "calculator": {},
-        "openai": {
-            "base_url": given["url"],
-            "model": given["model"],
-            "api_key_env": given["key_env"],
-        },
-        "local": {"model": given["model"]},
-        "recorded": {"path": replay},
-    }
-    from eapo_fast.run_config import build_expert
-
-    settings = {name: value for name, value in names[kind].items() if value is not None}
-    return build_expert({"kind": kind} | settings)
+    if kind == "openai":
+        return openai_expert(arguments)
+    if kind == "local":
+        return named_expert(kind, model=arguments.expert_model)
+    if kind == "recorded":
+        return named_expert(kind, path=arguments.expert_replay)
+    return named_expert(kind)
 
 
 def _add_table(commands: Any) -> None:
@@ -233,14 +226,9 @@ def _solving_expert(arguments: argparse.Namespace) -> Any:
     if kind is None:
         return None
     from eapo_fast.distillation.collect import MAX_REPLY_TOKENS, SYSTEM
-    from eapo_fast.run_config import build_expert
 
-    settings = {
-        "model": arguments.expert_model,
-        "base_url": arguments.expert_url,
-        "api_key_env": arguments.expert_key_env,
-        "temperature": 0.6 if arguments.samples > 1 and kind == "openai" else None,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
     asked = {"system": SYSTEM, "prompt": "{query}", "max_reply_tokens": MAX_REPLY_TOKENS}
-    return build_expert({"kind": kind} | asked | given)
+    if kind == "local":
+        return named_expert(kind, model=arguments.expert_model, **asked)
+    temperature = 0.6 if arguments.samples > 1 else None
+    return openai_expert(arguments, temperature=temperature, **asked)

@@ -23,6 +23,9 @@ T = TypeVar("T")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "consult_schedule": ("inverse", "constant", "linear", "cosine"),
     "consult_gate": ("before_dispatch", "after_reply"),
+    "expert_dedup": ("off", "in_flight", "step", "run"),
+    "expert_answers": ("keep", "redact", "decline"),
+    "expert_failure": ("keep", "mask", "drop_group", "stop"),
     "importance_sampling_level": (None, "token", "sequence"),
     "scale_rewards": (None, "group", "batch", "none"),
     "loss_type": (None, "dapo", "grpo", "dr_grpo", "bnpo", "cispo"),
@@ -55,9 +58,11 @@ _AT_LEAST: dict[str, float] = {
     "warmup_steps": 0.0,
     "top_k": 0,
     "expert_timeout": 0.0,
+    "reliance_steps": 1,
+    "reliance_rollouts": 0,
 }
 
-_UNIT_INTERVAL = ("top_p", "min_p", "consult_floor", "turn_contraction")
+_UNIT_INTERVAL = ("top_p", "min_p", "consult_floor", "turn_contraction", "expert_failure_share")
 
 # TRL names that have no meaning here: the only value that changes nothing, and what to do instead.
 _FOREIGN: dict[str, tuple[Any, str]] = {
@@ -205,14 +210,32 @@ class EAPOConfig:
     """Share of the steps over which max_turns falls linearly to 1; 0 keeps max_turns."""
     expert_timeout: float = 60.0
     """Seconds after which an unanswered consult gets the notice."""
+    expert_step_timeout: float | None = None
+    """Seconds from a step's first consult after which every unanswered one gets the notice."""
+    expert_hedge_after: float | None = None
+    """Seconds after which a late call gets a second one beside it, inside the budget; None: never.
+    """
+    expert_dedup: str = "in_flight"
+    """Share replies between equal requests: off, in_flight, step or run."""
+    expert_answers: str = "keep"
+    """Replies with a boxed answer: keep, redact the box, or decline the reply."""
+    expert_failure: str = "keep"
+    """When the expert fails en masse (rate, timeout, down): keep the rollouts, mask those that
+    were hit, drop_group (theirs), or stop the run."""
+    expert_failure_share: float = 0.5
+    """Share of a generation's dispatched consults from which failures count as such."""
+    reliance_steps: int = 10
+    """Steps between measurements of how much correct assisted rollouts lean on the advice."""
+    reliance_rollouts: int = 8
+    """Most rollouts measured; 0: never."""
     expert_budget: Budget | Sequence[Budget] | None = None
     """Caps on consults, tokens or money."""
     expert_cache: str | Path | None = None
-    """SQLite file of replies that may be used again."""
+    """SQLite file of replies that may be used again, in later runs too."""
     expert_record: str | Path | None = None
-    """JSONL file that every reply is written to."""
+    """JSONL file that every reply and its engine step are written to."""
     expert_replay: str | Path | None = None
-    """JSONL file to answer from instead of asking the expert."""
+    """JSONL file to answer from instead of asking the expert: the recorded run, to the bit."""
 
     eval_strategy: str = "no"
     """no or steps (solo evaluation on eval_dataset)."""

@@ -30,7 +30,7 @@ RUN_KEYS: dict[str, str] = {
     "eval_dataset": "JSONL file for solo evaluation",
     "reward_funcs": "a list of names in eapo_fast.rewards, {name: ..., setting: ...} or "
     "package.module.function",
-    "expert": "mapping with kind: openai, calculator, local or recorded, and its settings",
+    "expert": "mapping with kind: openai, calculator, local, recorded or pool, and its settings",
 }
 
 EXPERT_KINDS: dict[str, str] = {
@@ -38,6 +38,7 @@ EXPERT_KINDS: dict[str, str] = {
     "calculator": "Calculator",
     "local": "LocalModel",
     "recorded": "Recorded",
+    "pool": "Pool",
 }
 
 
@@ -142,7 +143,18 @@ def build_expert(settings: Mapping[str, Any] | None) -> Any:
     needed = [n for n, p in parameters.items() if p.default is p.empty and n not in options]
     if needed:
         raise ConfigError(f"expert.{needed[0]} is missing: a {kind} expert needs it")
+    if kind == "pool":
+        options["experts"] = _members(options["experts"])
     return factory(**options)
+
+
+def _members(value: Any) -> Any:
+    """The experts of a pool, from a list or a mapping of `{kind, ...}` mappings."""
+    named = value if isinstance(value, dict) else dict(enumerate(value or ()))
+    for name, settings in named.items():
+        if not isinstance(settings, dict):
+            raise ConfigError(f"expert.experts.{name}: got {settings!r}, allowed is {{kind: ...}}")
+    return {str(name): build_expert(settings) for name, settings in named.items()}
 
 
 def build_trainer(run: RunConfig) -> Trainer:

@@ -31,7 +31,7 @@ from eapo_fast.data import (
 from eapo_fast.engine import Sampler, SamplerConfig
 from eapo_fast.errors import ConfigError
 from eapo_fast.evaluation import Evaluation, evaluate_rows
-from eapo_fast.experts import ConsultScheduler, Expert
+from eapo_fast.experts import ConsultScheduler, Expert, Ledger
 from eapo_fast.rollout import ConsultProtocol
 from eapo_fast.training.arguments import (
     check_unsupported,
@@ -52,6 +52,7 @@ from eapo_fast.training.consulting import (
     accuracy_by_help,
     build_scheduler,
     consult_metrics,
+    leak_metrics,
     turns_at,
 )
 from eapo_fast.training.generation import (
@@ -65,6 +66,7 @@ from eapo_fast.training.optimizer import learning_rate
 from eapo_fast.training.progress import Means, Phases
 from eapo_fast.training.recipe import resolve_recipe
 from eapo_fast.training.record import RunRecord
+from eapo_fast.training.reliance import assisted_and_correct, reliance
 from eapo_fast.training.scoring import RewardFunction, Scorer
 from eapo_fast.training.setup import load_model, load_tokenizer, output_folder, with_adapter
 from eapo_fast.training.update import Updater
@@ -130,6 +132,7 @@ class Trainer:
         self._encode()
         self.state = TrainerState(max_steps=self._total_steps())
         self.control = TrainerControl()
+        self.ledger = Ledger(self.args.expert_budget)
         self.scheduler = self._new_scheduler()
         self.scorer = Scorer(
             functions, self.args.reward_weights, self.sampler.vocabulary, self.state  # type: ignore[arg-type]
@@ -207,7 +210,8 @@ class Trainer:
             always = self.args.replace(
                 consult_schedule="constant", expert_record=None, expert_replay=None
             )
-            with build_scheduler(self.expert, always, self.state.max_steps) as scheduler:  # type: ignore[arg-type]
+            self.ledger.forget(step=0)  # caps per step, prompt and rollout start anew
+            with build_scheduler(self.expert, always, self.state.max_steps, self.ledger) as scheduler:  # type: ignore[arg-type]
                 return self._evaluate(rows, prompts, scheduler)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
@@ -241,6 +245,8 @@ class Trainer:
     def _build_sampler(self, expert: Expert | None, protocol: ConsultProtocol | None) -> None:
         args = self.args
         self.expert = expert
+        if getattr(expert, "model", None) is self.model:
+            raise ConfigError("expert: it holds the policy itself; give it a copy of the model")
         if expert is not None and protocol is None:
             protocol = ConsultProtocol()
         if protocol is not None:
@@ -261,7 +267,7 @@ class Trainer:
     def _new_scheduler(self) -> ConsultScheduler | None:
         if self.expert is None:
             return None
-        return build_scheduler(self.expert, self.args, self.state.max_steps)
+        return build_scheduler(self.expert, self.args, self.state.max_steps, self.ledger)
 
     def _encode(self) -> None:
         """Tokenise the prompts: with the consult paragraph in training, without it elsewhere."""
@@ -375,6 +381,10 @@ class Trainer:
             metrics |= consult_metrics(generation.rollouts, rho, max_turns)
             accuracies = [s.accuracy for s in generation.scores]
             metrics |= accuracy_by_help(generation.rollouts, accuracies)
+            metrics |= leak_metrics(generation.leaks, generation.rollouts, accuracies)
+            metrics |= self._reliance(generation, accuracies, step)
+            self._record.consults.write(step, generation, self.scheduler)
+            self.ledger.forget(before=step)
             drained = self.scheduler.drain_metrics()
             self.counts.take(drained)
             metrics |= drained
@@ -385,6 +395,16 @@ class Trainer:
             metrics[name] = sum(values) / len(values)
         self.scorer.metrics.clear()
         return metrics | self._record.pace(generation)
+
+    def _reliance(
+        self, generation: Generation, accuracies: Sequence[float | None], step: int
+    ) -> dict[str, float]:
+        if (step - 1) % self.args.reliance_steps:
+            return {}
+        chosen = assisted_and_correct(
+            generation.rollouts, accuracies, self.args.reliance_rollouts
+        )
+        return {"expert/reliance": reliance(self.updater, chosen)} if chosen else {}
 
     def _log(self, metrics: dict[str, float]) -> None:
         self.state.log_history.append({**metrics, "step": self.state.global_step})

@@ -74,9 +74,29 @@ void a_failure_reaches_the_caller() {
   }
 }
 
+// Stands for GOMP_parallel: every thread of the team runs the body once.
+void team(void (*body)(void*), void* data, unsigned threads, unsigned) {
+  std::vector<std::thread> others;
+  for (unsigned i = 1; i < threads; ++i) others.emplace_back(body, data);
+  body(data);
+  for (std::thread& other : others) other.join();
+}
+
+void an_openmp_team_does_the_same() {
+  EXPECT(!shares_openmp());
+  share_openmp(team);
+  EXPECT(shares_openmp());
+  visits_every_item_once();
+  callers_take_turns();
+  a_failure_reaches_the_caller();
+  share_openmp(nullptr);
+  visits_every_item_once();
+}
+
 }  // namespace
 
 int main() {
   return eapo_test::run(visits_every_item_once, short_jobs_follow_each_other, callers_take_turns,
-                        the_number_of_threads_may_change_meanwhile, a_failure_reaches_the_caller);
+                        the_number_of_threads_may_change_meanwhile, a_failure_reaches_the_caller,
+                        an_openmp_team_does_the_same);
 }

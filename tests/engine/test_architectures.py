@@ -12,6 +12,9 @@ from eapo_fast import SamplingParams
 from eapo_fast.engine import Sampler, SamplerConfig
 from eapo_fast.engine.support import paged_model
 from eapo_fast.errors import ModelError
+from eapo_fast.ops import linear_token_stats
+from eapo_fast.training.attention import PackedRow
+from eapo_fast.training.policy import Policy
 
 KINDS = [
     "biogpt",
@@ -89,6 +92,63 @@ def test_tokens_are_generates_and_logprobs_the_forwards(
             atol=1e-5,
             rtol=0.0,
         )
+
+
+def trained_logprobs(
+    policy: Policy, sequences: list[list[int]], prompts: list[list[int]]
+) -> torch.Tensor:
+    """Log-probs of what follows the prompts by training's packed forward."""
+    lengths = [len(s) for s in sequences]
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    ids = torch.tensor([i for s in sequences for i in s])
+    row = PackedRow(borders.to(torch.int32), lengths)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    with policy.attention(row):  # type: ignore[attr-defined]
+        hidden = policy.hidden(ids, positions, row)
+        rows = torch.cat(
+            [
+                torch.arange(start + len(p) - 1, start + n - 1)
+                for start, n, p in zip(borders, lengths, prompts, strict=False)
+            ]
+        )
+        return linear_token_stats(
+            hidden[rows],
+            policy.weight,
+            ids[rows + 1],
+            bias=policy.bias,
+            softcap=policy.softcap,
+            temperature=1 / policy.logit_scale,
+        ).logprob
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_recomputes_the_sampled_logprobs(
+    kind: str, make_model: Callable[..., Any]
+) -> None:
+    model = make_model(kind, spread=0.15)
+    params = SamplingParams(max_tokens=NEW, seed=5)
+    done = [group[0] for group in Sampler(model).generate(PROMPTS, params)]
+    sequences = [p + c.token_ids for p, c in zip(PROMPTS, done, strict=True)]
+    trained = trained_logprobs(Policy(model), sequences, PROMPTS)
+    sampled = torch.tensor([x for c in done for x in c.logprobs])
+    torch.testing.assert_close(trained.detach(), sampled, atol=1e-5, rtol=0.0)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(trained.sum(), parameters, allow_unused=True)
+    own = sum(
+        model(input_ids=torch.tensor([s]), use_cache=False)
+        .logits[0, len(p) - 1 : -1]
+        .log_softmax(-1)
+        .gather(1, torch.tensor(s[len(p) :])[:, None])
+        .sum()
+        for s, p in zip(sequences, PROMPTS, strict=True)
+    )
+    expected = torch.autograd.grad(own, parameters, allow_unused=True)
+    scale = max(float(g.abs().max()) for g in expected if g is not None)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert (gradient is None) == (wanted is None)
+        if wanted is not None:  # some are 0 but for rounding: the bias of keys
+            torch.testing.assert_close(gradient, wanted, atol=1e-5 * scale, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "diffllama", "gemma3_text", "gpt_oss", "phimoe"])

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import random
+from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -19,33 +23,118 @@ from eapo_fast.experts import (
 from eapo_fast.experts.budget import NANO, Reservation
 
 
+EVENTS = int(os.environ.get("EAPO_FAST_BUDGET_EVENTS", "60000"))
+"""`EAPO_FAST_BUDGET_EVENTS=1000000` is the figure to hold."""
+
+
 def test_caps_hold_over_random_events() -> None:
+    """At every event, with up to 512 consults under way, through kills and restarts."""
     rng = random.Random(7)
-    ledger = Ledger(
-        [
-            Budget(consults=9_000, tokens=2_000_000, money=3.21),
-            Budget(consults=700, per="step"),
-            Budget(tokens=9_001, money=0.017, per="prompt"),
-            Budget(consults=2, per="rollout"),
-        ]
-    )
+    budgets = [
+        Budget(consults=EVENTS // 3, tokens=70 * EVENTS, money=1e-4 * EVENTS),
+        Budget(consults=700, per="step"),
+        Budget(tokens=9_001, money=0.017, per="prompt"),
+        Budget(consults=2, per="rollout"),
+    ]
+    ledger = Ledger(budgets)
     held: list[tuple[Reservation, Usage]] = []
-    for event in range(30_000):
-        if len(held) < 512 and rng.random() < 0.55:
+    most = kills = 0
+    for event in range(EVENTS):
+        if len(held) < 512 and rng.random() < 0.7:
             request = ConsultRequest(
-                "q", step=event // 3000, prompt=rng.randrange(17), rollout=rng.randrange(5)
+                "q", step=event // 3000, prompt=rng.randrange(170), rollout=rng.randrange(5)
             )
             worst = Usage(rng.randrange(400), rng.randrange(600), rng.random() * 2e-3)
             held += [(one, worst)] if (one := ledger.reserve(request, worst)) else []
         elif held:
             one, worst = held.pop(rng.randrange(len(held)))
             _finish(ledger, one, worst, rng)
+        most = max(most, len(held))
         total = ledger.total()
-        assert total.consults <= 9_000
-        assert total.tokens <= 2_000_000
-        assert total.nano <= 3.21 * NANO
+        assert total.consults <= EVENTS // 3
+        assert total.tokens <= 70 * EVENTS
+        assert total.nano <= int(1e-4 * EVENTS * NANO)
+        if event % 9973 == 9972:
+            kills += 1
+            _check_accounts(ledger)
+            ledger.forget(before=event // 3000 - 1)
+            saved, ledger, held = json.dumps(ledger.state_dict()), Ledger(budgets), []
+            ledger.load_state_dict(json.loads(saved))
+            assert ledger.total() == total
     _check_accounts(ledger)
     assert ledger.overruns == 0
+    assert (most, kills) == (512, EVENTS // 9973)
+
+
+class _Watched(Ledger):
+    """Checks every cap after every event."""
+
+    events = 0
+
+    def reserve(self, request: ConsultRequest, worst: Usage) -> Reservation | None:
+        held = super().reserve(request, worst)
+        self._check()
+        return held
+
+    def _close(self, *given: Any) -> Any:
+        amount = super()._close(*given)
+        self._check()
+        return amount
+
+    def _check(self) -> None:
+        self.events += 1
+        total = self.total()
+        assert all(b.allows(total) for b in self.budgets if b.per == "run")
+
+
+@pytest.mark.parametrize("hedge", [None, 0.1])
+def test_caps_hold_with_512_concurrent_consults_of_a_scheduler(hedge: float | None) -> None:
+    """Retries, hedges, timeouts, cancellations, unknown outcomes and refusals, all at once."""
+    rng, peak, running = random.Random(3), 0, 0
+
+    async def moody(request: ConsultRequest) -> ExpertReply:
+        nonlocal peak, running
+        running += 1
+        peak = max(peak, running)
+        try:
+            await asyncio.sleep(0.08 + rng.random() * 0.05)
+            if rng.random() < 0.02:
+                await asyncio.sleep(10.0)
+        finally:
+            running -= 1
+        usage = Usage(rng.randrange(50), rng.randrange(100), rng.random() * 0.01)
+        kinds = [
+            ExpertReply("r", usage),
+            ExpertReply("r"),
+            ExpertReply.failed("down", billed=rng.random() < 0.5, usage=usage),
+            ExpertReply.failed("rate", billed=False),
+            ExpertReply.failed("refused"),
+        ]
+        return rng.choice(kinds)
+
+    ledger = _Watched([Budget(consults=2500, tokens=400_000, money=20.0), Budget(3, per="rollout")])
+    expert = Function(moody, max_cost=0.01, max_reply_tokens=100)
+    policy = ConsultPolicy(
+        timeout=1.0,
+        max_concurrency=512,
+        breaker_failures=10**6,
+        dedup="off",
+        hedge_after=hedge,
+        hedge_share=0.2,
+    )
+    with ConsultScheduler(expert, policy, ledger) as desk:
+        handles = [desk.submit(ConsultRequest(f"{i}", rollout=i % 1500)) for i in range(3000)]
+        for handle in handles[::41]:
+            handle.cancel()
+        statuses = Counter(handle.result(10.0).status for handle in handles)
+        metrics = desk.drain_metrics()
+    assert sum(statuses.values()) == 3000
+    assert min(statuses[s] for s in ("ok", "budget", "timeout", "cancelled", "refused")) > 0
+    assert 256 < peak <= 512
+    assert ledger.events > 4000
+    assert ledger.overruns == 0
+    assert all(not any(account.reserved) for account in ledger._accounts.values())
+    assert (metrics["expert/hedges"] > 0) == (hedge is not None)
 
 
 def _finish(ledger: Ledger, one: Reservation, worst: Usage, rng: random.Random) -> None:

@@ -63,6 +63,26 @@ def test_special_tokens_in_a_query_are_text(checkpoint: Path) -> None:
     assert 0 not in expert._encode(ConsultRequest("a<eos>b", "<eos>"))
 
 
+def test_replies_are_those_of_generate(checkpoint: Path) -> None:
+    import torch
+
+    expert = LocalModel(checkpoint, max_reply_tokens=9)
+    ids = expert._encode(ConsultRequest("short"))
+    with torch.inference_mode():
+        out = expert.model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False)
+    [(_, text, _)] = answers(checkpoint, 1)[:1]
+    assert text == expert.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def test_a_prompt_without_room_is_too_long_and_the_others_are_answered(checkpoint: Path) -> None:
+    expert = LocalModel(checkpoint, max_reply_tokens=5)
+    assert expert.probe() is None
+    expert._sampler.max_context = 400
+    with ConsultScheduler(expert, ConsultPolicy(timeout=30.0, max_wait=0.2)) as desk:
+        handles = [desk.submit(ConsultRequest(q)) for q in ("a", "b" * 400)]
+        assert [handle.result(30.0).status for handle in handles] == ["ok", "too_long"]
+
+
 def test_a_deadline_stops_generation(checkpoint: Path) -> None:
     expert = LocalModel(checkpoint, max_reply_tokens=30_000)
     with ConsultScheduler(expert, ConsultPolicy(timeout=0.3)) as desk:

@@ -295,6 +295,167 @@ def test_close_cancels_what_is_open_and_ends_everything() -> None:
         desk.submit(ask())
 
 
+def test_a_consult_cancelled_in_the_tick_of_its_dispatch_gives_its_money_back() -> None:
+    with ConsultScheduler(Silent(), PATIENT, Budget(consults=10)) as desk:
+        desk.submit(ask(0))
+        held, both = threading.Event(), threading.Event()
+        desk._thread.call(held.wait, 5.0)
+        desk.submit(ask(1)).cancel()
+        desk._thread.call(both.set)
+        held.set()
+        assert both.wait(5.0)
+        time.sleep(0.05)
+        assert desk.ledger.total().consults == 1
+
+
+def test_an_experts_own_worst_case_that_raises_is_an_outcome() -> None:
+    class Odd(Batches):
+        def worst_case(self, request: ConsultRequest) -> Usage:
+            raise KeyError("price list")
+
+    with ConsultScheduler(Odd(1), PATIENT, Budget(consults=10)) as desk:
+        result = desk.submit(ask()).result(5.0)
+    assert (result.status, "price list" in result.detail) == ("malformed", True)
+
+
+@pytest.mark.parametrize(
+    "usage", [Usage(-5, 1), Usage(1, 1, float("nan")), Usage(1, 1, float("inf")), "many"]
+)
+def test_an_impossible_usage_counts_as_unknown(usage: object) -> None:
+    expert = Function(lambda r: ExpertReply("x", usage), max_cost=0.5, max_reply_tokens=7)  # type: ignore[arg-type]
+    with ConsultScheduler(expert, PATIENT, Budget(money=10.0)) as desk:
+        assert desk.submit(ask()).result(5.0).status == "ok"
+        total = desk.ledger.total()
+    assert (total.nano, total.tokens > 7) == (500_000_000, True)
+
+
+@pytest.mark.parametrize(("dedup", "calls"), [("off", 6), ("in_flight", 6), ("step", 3), ("run", 2)])
+def test_how_long_replies_are_shared(dedup: str, calls: int) -> None:
+    """Two queries asked in step 1, one of them in steps 1 and 2 again; all one after another."""
+    asked: list[str] = []
+    expert = Function(lambda r: asked.append(r.query) or "r", immediate=True)
+    with ConsultScheduler(expert, ConsultPolicy(dedup=dedup)) as desk:  # type: ignore[arg-type]
+        places = [(0, 1), (0, 1), (1, 1), (1, 1), (1, 2), (1, 2)]
+        statuses = [desk.submit(ask(n, step=step)).result().status for n, step in places]
+        metrics = desk.drain_metrics()
+    assert len(asked) == calls
+    assert statuses.count("cached") == 6 - calls == metrics["expert/cached"]
+    assert metrics["expert/shared_share"] == (6 - calls) / 6
+
+
+def test_deliberate_repeats_are_kept_apart_in_every_mode() -> None:
+    asked: list[int] = []
+    expert = Function(lambda r: asked.append(r.sample_index) or str(r.sample_index), immediate=True)
+    with ConsultScheduler(expert, ConsultPolicy(dedup="run")) as desk:
+        texts = [desk.submit(ask(0, sample_index=i % 3)).result().text for i in range(9)]
+    assert texts == ["0", "1", "2"] * 3
+    assert asked == [0, 1, 2]
+
+
+def test_retries_are_counted_by_kind() -> None:
+    rate, down = ExpertReply.failed("rate", retry_after=0.0), ExpertReply.failed("down")
+    expert = Flaky(*[rate] * 3, down)
+    policy = ConsultPolicy(timeout=30.0, retries={"rate": 3, "down": 1})
+    with ConsultScheduler(expert, policy) as desk:
+        result = desk.submit(ask()).result(20.0)
+    assert (result.status, expert.calls) == ("ok", 5)
+    assert [a.status for a in result.trace.attempts] == ["rate"] * 3 + ["down", "ok"]
+    expert = Flaky(*[down] * 2)
+    with ConsultScheduler(expert, policy) as desk:
+        assert desk.submit(ask()).result(20.0).status == "down"
+    with pytest.raises(ConfigError, match="retries"):
+        ConsultPolicy(retries={"rate": -1})
+    with pytest.raises(ConfigError, match="did you mean|allowed"):
+        ConsultPolicy(retries={"rates": 1})
+
+
+def test_a_step_ends_for_all_its_consults_at_once() -> None:
+    policy = ConsultPolicy(timeout=10.0, step_timeout=0.3)
+    with ConsultScheduler(Silent(), policy) as desk:
+        start = time.monotonic()
+        first = desk.submit(ask(0, step=1))
+        time.sleep(0.2)
+        second = desk.submit(ask(1, step=1))
+        assert (first.result(5.0).status, second.result(5.0).status) == ("timeout", "timeout")
+        assert time.monotonic() - start < 0.3 + 0.5
+        late = desk.submit(ask(2, step=1))
+        assert late.result(5.0).latency < 0.5
+        other = desk.submit(ask(3, step=2))
+        time.sleep(0.1)
+        assert not other.done()
+
+
+class Slow:
+    """The first call of each query hangs, later ones answer at once."""
+
+    max_batch_size = 1
+    priced = True
+
+    def __init__(self, second: ExpertReply | None = None) -> None:
+        self.calls: dict[str, int] = {}
+        self.open = 0
+        self.second = second or ExpertReply("quick", Usage(2, 1, 0.1))
+
+    def worst_case(self, request: ConsultRequest) -> Usage:
+        return Usage(10, 10, 1.0)
+
+    async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
+        query = requests[0].query
+        self.calls[query] = self.calls.get(query, 0) + 1
+        if self.calls[query] > 1:
+            return [self.second]
+        self.open += 1
+        try:
+            await asyncio.sleep(0.6)
+        finally:
+            self.open -= 1
+        return [ExpertReply("slow", Usage(2, 1, 0.2))]
+
+
+def test_a_hedge_overtakes_a_late_call_and_both_are_paid() -> None:
+    expert = Slow()
+    policy = ConsultPolicy(timeout=10.0, hedge_after=0.05)
+    with ConsultScheduler(expert, policy, Budget(money=5.0)) as desk:
+        result = desk.submit(ask()).result(5.0)
+        metrics = desk.drain_metrics()
+    assert (result.text, expert.open) == ("quick", 0)
+    assert desk.ledger.total().nano == 1_100_000_000  # the lost call keeps its worst case
+    assert desk.ledger.total().consults == 2
+    assert (metrics["expert/hedges"], metrics["expert/hedges_won"]) == (1, 1)
+    assert metrics["expert/sent"] == 2
+    assert [a.hedge for a in result.trace.attempts] == [True, False]
+    assert result.cost == pytest.approx(1.1)
+
+
+def test_hedges_stay_inside_budget_share_and_slots() -> None:
+    policy = ConsultPolicy(timeout=10.0, hedge_after=0.05)
+    with ConsultScheduler(Slow(), policy, Budget(money=1.5)) as desk:
+        assert desk.submit(ask()).result(5.0).text == "slow"
+        assert desk.drain_metrics()["expert/hedges_refused"] == 1
+        assert desk.ledger.total().nano == 200_000_000
+    with ConsultScheduler(Slow(), policy) as desk:
+        handles = [desk.submit(ask(i)) for i in range(60)]
+        texts = [handle.result(5.0).text for handle in handles]
+        assert texts.count("quick") == desk.drain_metrics()["expert/hedges"] <= 1 + 0.05 * 60
+    narrow = ConsultPolicy(timeout=10.0, hedge_after=0.05, max_concurrency=1)
+    with ConsultScheduler(Slow(), narrow) as desk:
+        assert desk.submit(ask()).result(5.0).text == "slow"
+
+
+def test_a_hedge_that_fails_leaves_the_first_call_its_time() -> None:
+    expert = Slow(ExpertReply.failed("refused"))
+    with ConsultScheduler(expert, ConsultPolicy(timeout=10.0, hedge_after=0.05)) as desk:
+        assert desk.submit(ask()).result(5.0).text == "slow"
+    expert = Slow()
+    expert.second = ExpertReply.failed("refused")
+    policy = ConsultPolicy(timeout=0.2, hedge_after=0.05)
+    with ConsultScheduler(expert, policy, Budget(consults=9)) as desk:
+        assert desk.submit(ask()).result(5.0).status == "timeout"
+        time.sleep(0.05)
+        assert all(not any(a.reserved) for a in desk.ledger._accounts.values())
+    assert expert.open == 0
+
+
 def test_wait_reports_each_completion_once() -> None:
     release = threading.Event()
     with ConsultScheduler(Function(lambda r: "r" if release.wait(5.0) else ""), PATIENT) as desk:

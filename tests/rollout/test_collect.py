@@ -14,7 +14,8 @@ from eapo_fast.engine import Sampler, SamplerConfig
 from eapo_fast.errors import ConfigError, ModelError
 from eapo_fast.experts import Budget, Calculator, ConsultPolicy, ConsultScheduler, Function
 from eapo_fast.rollout import ConsultProtocol, Rollout, collect_rollouts
-from eapo_fast.rollout.collect import encode_reply, segments_of
+from eapo_fast.rollout.collect import segments_of
+from eapo_fast.rollout.injection import encode_reply
 
 ASK = "6*7 is <consult><q>6*7</q></consult>"
 

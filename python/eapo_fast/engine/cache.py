@@ -46,9 +46,7 @@ class PagedCache:
 
     def copy(self, pairs: Tensor) -> None:
         """Copy whole blocks, `pairs` [C, 2] int32 of (source, destination), in every layer."""
-        for keys, values in self._layers.values():
-            copy_blocks(keys, pairs)
-            copy_blocks(values, pairs)
+        copy_blocks([blocks for layer in self._layers.values() for blocks in layer], pairs)
 
     def swap_out(self, pairs: Tensor) -> None:
         """Copy blocks to the host, `pairs` [C, 2] int32 of (block, host block), in every layer."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from eapo_fast import _core
@@ -22,6 +21,7 @@ from eapo_fast.engine.session import Rules, Session
 from eapo_fast.engine.support import PagedModel, paged_model
 from eapo_fast.engine.vocabulary import Vocabulary
 from eapo_fast.errors import ConfigError
+from eapo_fast.kernels.native import use_torch_threads
 
 COUNTERS = (
     "preemptions",
@@ -66,7 +66,7 @@ class Sampler:
         self._graphs: tuple[Pool, DecodeGraphs] | None = None
         self._weights = WeightsVersion(model)
         self._counts: Counter[str] = Counter()
-        _core.set_num_threads(torch.get_num_threads())
+        use_torch_threads()
 
     def generate(
         self,

@@ -88,6 +88,8 @@ class Session:
         )
         self._rules: dict[Rules, int] = {}
         self._speed = _PrefillSpeed()
+        self.pinned_rate = False
+        self._believed = 0.0
         self.unfinished: set[int] = set()
 
     def rules(self, rules: Rules) -> int:
@@ -150,9 +152,24 @@ class Session:
             tokens.cpu().numpy(), logprobs.cpu().numpy(), kept.cpu().numpy()
         )
         self.unfinished.difference_update(e.seq for e in events if e.kind == "finished")
-        if self._speed.saw(len(plan.input_ids), len(plan.seqs), time.perf_counter() - start):
-            self.scheduler.set_prefill_rate(self._speed.tokens_per_second)
+        seen = self._speed.saw(len(plan.input_ids), len(plan.seqs), time.perf_counter() - start)
+        if seen and not self.pinned_rate:
+            self.believe_rate(self.prefill_rate)
         return list(events)
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens a second of steps that mostly prefill, as measured; 0 before any."""
+        return self._speed.tokens_per_second
+
+    def believe_rate(self, tokens_per_second: float) -> None:
+        """Say how fast dropped KV is computed again; a replay pins what the recorded run believed.
+
+        With `pinned_rate` set, this is the only way in which the rate changes.
+        """
+        if tokens_per_second != self._believed:
+            self._believed = tokens_per_second
+            self.scheduler.set_prefill_rate(tokens_per_second)
 
     def inject(self, seq: int, ids: Sequence[int]) -> bool:
         """Append foreign tokens to a parked row; False when that ended it ("length")."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 from eapo_fast.experts.arithmetic import Limits
 from eapo_fast.experts.base import (
     STATUSES,
+    Attempt,
     ConsultHandle,
     ConsultRequest,
     ConsultResult,
@@ -23,6 +24,7 @@ from eapo_fast.experts.base import (
     ExpertFailure,
     ExpertReply,
     ReplayMismatch,
+    Trace,
     Usage,
 )
 from eapo_fast.experts.budget import Budget, Ledger
@@ -32,12 +34,14 @@ from eapo_fast.experts.gate import acceptance
 from eapo_fast.experts.local import LocalModel
 from eapo_fast.experts.openai import OpenAICompatible
 from eapo_fast.experts.policy import ConsultPolicy
+from eapo_fast.experts.pool import Pool
 from eapo_fast.experts.recording import Recorded
 from eapo_fast.experts.sanitize import clean_text, escape_tags
 from eapo_fast.experts.scheduler import ConsultScheduler
 
 __all__ = [
     "STATUSES",
+    "Attempt",
     "Budget",
     "Calculator",
     "ConsultHandle",
@@ -54,8 +58,10 @@ __all__ = [
     "Limits",
     "LocalModel",
     "OpenAICompatible",
+    "Pool",
     "Recorded",
     "ReplayMismatch",
+    "Trace",
     "Usage",
     "acceptance",
     "clean_text",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 from eapo_fast.errors import ExpertError
@@ -101,6 +101,8 @@ class ExpertReply:
     """Seconds that the expert asks to wait before another attempt."""
     billed: bool = True
     """False when the call surely cost nothing (for instance a refused connection)."""
+    expert: str | None = None
+    """Which member of a `Pool` answered."""
 
     @classmethod
     def failed(
@@ -139,6 +141,42 @@ class ReplayMismatch(ExpertError):
 
 
 @dataclass(frozen=True, slots=True)
+class Attempt:
+    """One call that was made for a consult."""
+
+    start: float
+    """Seconds from the submission of the first consult that waited for it."""
+    seconds: float
+    """How long it took; 0 for immediate experts."""
+    status: ConsultStatus
+    """How it ended."""
+    expert: str | None = None
+    """Which member of a `Pool` was asked, when known."""
+    hedge: bool = False
+    """It ran beside an earlier call that was late."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """How a consult came to its result: for the books and the log, never for the policy."""
+
+    key: str = ""
+    """SHA-256 of what decides the reply (`cache.request_key`); empty if it was never needed."""
+    source: Literal["expert", "merged", "cache", "none"] = "none"
+    """A call of its own, another consult's call, a stored reply, or nothing was asked."""
+    attempts: tuple[Attempt, ...] = ()
+    """The calls made, in the order in which they ended."""
+    reserved_tokens: int = 0
+    """Most tokens that the budget held for this consult at once."""
+    reserved_cost: float = 0.0
+    """Most money that the budget held for this consult at once."""
+    expert: str | None = None
+    """Which member of a `Pool` answered."""
+    transforms: tuple[str, ...] = ()
+    """What was done to the reply's text: cleaned, cut, redacted, escaped."""
+
+
+@dataclass(frozen=True, slots=True)
 class ConsultResult:
     """How one consult ended."""
 
@@ -158,6 +196,8 @@ class ConsultResult:
     """The reply was cut at its cap."""
     detail: str = ""
     """Reason of a failure with secrets redacted: for the user, never for the policy."""
+    trace: Trace = field(default=Trace(), compare=False, repr=False)
+    """How it came about."""
 
     @property
     def accepted(self) -> bool:

@@ -10,27 +10,30 @@ import sqlite3
 import threading
 import time
 from asyncio import TimerHandle
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from eapo_fast.experts.base import (
-    ACCEPTED,
+    Attempt,
     ConsultHandle,
     ConsultRequest,
     ConsultResult,
     ConsultStatus,
     Expert,
     ExpertReply,
+    Trace,
     Usage,
 )
-from eapo_fast.experts.budget import Ledger, Reservation
-from eapo_fast.experts.cache import open_cache, request_key
+from eapo_fast.experts.budget import Amount, Ledger, Reservation
+from eapo_fast.experts.cache import Shelf, request_key
 from eapo_fast.experts.calling import worst_case
 from eapo_fast.experts.metrics import Counters
 from eapo_fast.experts.policy import ConsultPolicy
 from eapo_fast.experts.recording import Recorder
-from eapo_fast.experts.sanitize import clean_text
+from eapo_fast.experts.replies import shape
 from eapo_fast.experts.secret import redact
 
 if TYPE_CHECKING:
@@ -56,12 +59,16 @@ class Consult:
     """Monotonic seconds; infinite for immediate experts."""
     accept: bool
     """The gate's decision."""
-    failures: int = 0
-    """Failed attempts since this consult joined its flight."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Failed attempts, by kind, since this consult joined its flight."""
     claimed: bool = False
     """Its end is decided."""
     flight: Flight | None = None
     """The shared work."""
+    key: str = ""
+    """Canonical key of the request; empty if it never came so far."""
+    merged: bool = False
+    """It joined a flight that was under way."""
     timer: TimerHandle | None = None
     """Deadline timer; belongs to the loop thread."""
 
@@ -74,12 +81,20 @@ class Flight:
     """Canonical key of the request."""
     request: ConsultRequest
     """The first consult's request."""
+    opened: float = 0.0
+    """Monotonic seconds of the first consult's submission."""
     waiters: list[Consult] = field(default_factory=list)
     """Consults that still wait; a flight without any is dead."""
     reservation: Reservation | None = None
     """Worst case of the current attempt."""
+    held: Amount = field(default_factory=Amount)
+    """Most that was reserved at once."""
     attempts: int = 0
     """Attempts begun."""
+    began: float = 0.0
+    """Monotonic seconds at which the current attempt began."""
+    log: list[Attempt] = field(default_factory=list)
+    """Attempts that ended."""
     cost: float = 0.0
     """Money charged by all attempts."""
     expired: bool = False
@@ -100,70 +115,119 @@ class Board:
         self.counters = Counters()
         self.changed = threading.Condition()
         self.completed = 0
-        self.outstanding: set[Consult] = set()
+        self.outstanding: dict[Consult, None] = {}  # in the order of submission, hence of deadline
         self._flights: dict[str, Flight] = {}
         self._identity = str(getattr(expert, "identity", type(expert).__qualname__))
         self._replays = bool(getattr(expert, "replays", False))
-        self._merges = policy.dedup == "in_flight" and not self._replays
+        self._merges = policy.dedup != "off" and not self._replays
         self._immediate = bool(getattr(expert, "immediate", False))
         self._warned: set[str] = set()
-        self._cache = None if self._replays else open_cache(policy.cache)
-        self._recorder = None if policy.record is None else Recorder(policy.record)
+        self._landed = 0
+        self._shelf = Shelf(None if self._replays else policy)
+        self.recorder = None if policy.record is None else Recorder(policy.record)
 
     def enter(self, consult: Consult) -> Flight | None:
         """Answer from the cache, join a flight, or open one; returns a flight that is new."""
-        key = request_key(self._identity, consult.request)
-        cached = self._cache.get(key) if self._cache else None
-        if cached is not None:
-            self._end(consult, replace(cached, status="cached", usage=None))
+        consult.key = key = request_key(self._identity, consult.request)
+        landed, stored = self._landed, self._shelf.get(key, consult.request)
+        if stored is not None:
+            self._end(consult, stored)
             return None
         with self.changed:
-            flight = self._flights.get(key) if self._merges else None
+            if landed != self._landed:  # an equal flight may have landed since the shelf was read
+                stored = self._shelf.get(key, consult.request)
+            flight = self._flights.get(key) if self._merges and stored is None else None
             if flight is not None:
                 self._join(consult, flight)
+                consult.merged = True
                 self.counters.add("merged")
                 return None
-            flight = Flight(key, consult.request)
-            affordable = self.reserve(flight)
-            if affordable:
+            flight = Flight(key, consult.request, consult.submitted)
+            failure = stored or self._reserve(flight)
+            if failure is None:
                 self._join(consult, flight)
                 self._flights[key] = flight
-        if affordable:
+        if failure is None:
             return flight
-        self._end(consult, ExpertReply.failed("budget"))
+        self._end(consult, failure)
         return None
 
     def _join(self, consult: Consult, flight: Flight) -> None:
         consult.flight = flight
         flight.waiters.append(consult)
-        self.outstanding.add(consult)
+        self.outstanding[consult] = None
 
-    def reserve(self, flight: Flight) -> bool:
-        """Hold the worst case of the next attempt; False if a budget forbids it."""
+    def _reserve(self, flight: Flight) -> ExpertReply | None:
+        """Hold the worst case of the next attempt; returns the failure if that cannot be."""
         if self._replays:
-            return True
+            return None
+        try:
+            flight.reservation = self._hold(flight)
+        except Exception as error:  # the expert's own bound is the user's code
+            return ExpertReply.failed("malformed", f"worst_case: {type(error).__name__}: {error}")
+        if flight.reservation is None:
+            return ExpertReply.failed("budget")
+        flight.held = flight.reservation.amount.most(flight.held)
+        return None
+
+    def _hold(self, flight: Flight) -> Reservation | None:
         worst = worst_case(self.expert, flight.request, self.policy.max_reply_tokens)
-        flight.reservation = self.ledger.reserve(flight.request, worst)
-        return flight.reservation is not None
+        return self.ledger.reserve(flight.request, worst)
+
+    def reserve_again(self, flight: Flight) -> ExpertReply | None:
+        """Hold the worst case of a further attempt; returns the failure if that cannot be."""
+        return self._reserve(flight)
+
+    def reserve_hedge(self, flight: Flight) -> Reservation | None:
+        """Hold the worst case of a call beside the current one; None if the budget forbids it."""
+        extra = self._hold(flight)
+        if extra is not None and flight.reservation is not None:
+            flight.held = extra.amount.plus(flight.reservation.amount).most(flight.held)
+        return extra
+
+    def begin(self, flights: Sequence[Flight]) -> None:
+        """An attempt of `flights` goes to the expert now."""
+        now = 0.0 if self._immediate else time.monotonic()
+        for flight in flights:
+            flight.attempts += 1
+            flight.sent = True
+            flight.began = now
+        self.counters.add("sent", len(flights))
 
     def settle(self, flight: Flight, reply: ExpertReply | None) -> None:
         """Close the books of an attempt; None: it was sent and nothing came back."""
+        if flight.sent:
+            flight.log.append(self._attempt(flight, reply))
         flight.sent = False
-        if flight.reservation is None:
-            return
-        if reply is not None and not reply.billed:
-            self.ledger.release(flight.reservation)
-        else:
-            usage = reply.usage if reply else None
-            amount = self.ledger.settle(flight.reservation, usage)
-            flight.cost += amount.nano / 1e9
-            self.counters.charged(usage.tokens if usage else 0, amount.nano / 1e9)
+        if flight.reservation is not None:
+            self.close_reservation(flight, flight.reservation, reply)
         flight.reservation = None
+
+    def close_reservation(
+        self, flight: Flight, reservation: Reservation, reply: ExpertReply | None
+    ) -> None:
+        """Release or settle what was held for one call; None keeps all of it."""
+        if reply is not None and not reply.billed:
+            self.ledger.release(reservation)
+            return
+        usage = reply.usage if reply else None
+        amount = self.ledger.settle(reservation, usage)
+        flight.cost += amount.nano / 1e9
+        self.counters.charged(usage.tokens if usage else 0, amount.nano / 1e9)
+
+    def _attempt(self, flight: Flight, reply: ExpertReply | None) -> Attempt:
+        if self._immediate:
+            seconds = start = 0.0
+        else:
+            start, seconds = flight.began - flight.opened, time.monotonic() - flight.began
+        lost: ConsultStatus = "timeout" if flight.expired else "cancelled"
+        expert = reply.expert if reply else None
+        return Attempt(start, seconds, reply.status if reply else lost, expert)
 
     def land(self, flight: Flight, reply: ExpertReply) -> None:
         """End every waiter of the flight; the first one carries its cost."""
-        if reply.status == "ok" and self._cache:
-            self._store(flight.key, reply)
+        if reply.status == "ok":
+            self._store(flight, reply)
         usage, cost = reply.usage, flight.cost
         for consult in self.thin(flight, lambda _: True):
             self._end(consult, reply, usage, cost)
@@ -181,6 +245,7 @@ class Board:
             flight.waiters = [consult for consult in flight.waiters if not goes(consult)]
             if not flight.waiters and self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
+                self._landed += 1
         return gone
 
     def quit(self, consult: Consult, status: ConsultStatus) -> Flight | None:
@@ -203,7 +268,12 @@ class Board:
     def overdue(self, now: float, grace: float) -> list[Consult]:
         """Consults whose deadline passed more than `grace` seconds ago."""
         with self.changed:
-            return [one for one in self.outstanding if one.deadline + grace <= now]
+            due = takewhile(lambda one: one.deadline + grace <= now, self.outstanding)
+            return list(due)
+
+    def next_deadline(self) -> float:
+        """The earliest deadline of an open consult; infinite if there is none. Hold `changed`."""
+        return next((one.deadline for one in self.outstanding), float("inf"))
 
     def _end(
         self, consult: Consult, reply: ExpertReply, usage: Usage | None = None, cost: float = 0.0
@@ -218,37 +288,58 @@ class Board:
         self._log(reply.status, result.detail)
         with self.changed:
             consult.handle._result = result
-            self.outstanding.discard(consult)
+            self.outstanding.pop(consult, None)
             self.completed += 1
             self.changed.notify_all()
 
     def _result(
         self, consult: Consult, reply: ExpertReply, usage: Usage | None, cost: float
     ) -> ConsultResult:
-        status, text, truncated = reply.status, "", False
-        if status in ACCEPTED:
-            text, cut = clean_text(reply.text, self.policy.max_reply_chars)
-            truncated = cut or reply.truncated
-            status = status if text else "malformed"
+        status, text, truncated, transforms, detail = shape(reply, self.policy)
         if not consult.accept and status != "cancelled":
-            status, text, truncated = "declined", "", False
+            status, text, truncated, transforms = "declined", "", False, ()
         waited = consult.flight is not None and consult.deadline < float("inf")
-        latency = time.monotonic() - consult.submitted if waited else 0.0
-        detail = redact(reply.detail)[:MAX_DETAIL]
-        return ConsultResult(status, text, usage, cost, latency, reply.model, truncated, detail)
+        return ConsultResult(
+            status,
+            text,
+            usage,
+            cost,
+            time.monotonic() - consult.submitted if waited else 0.0,
+            reply.model,
+            truncated,
+            redact(detail)[:MAX_DETAIL],
+            self._trace(consult, reply, transforms),
+        )
+
+    def _trace(
+        self, consult: Consult, reply: ExpertReply, transforms: tuple[str, ...]
+    ) -> Trace:
+        flight = consult.flight
+        if flight is None:
+            source = "cache" if reply.status == "cached" else "none"
+            return Trace(consult.key, source, expert=reply.expert, transforms=transforms)  # type: ignore[arg-type]
+        running = (self._attempt(flight, reply),) if flight.sent else ()
+        return Trace(
+            consult.key,
+            "merged" if consult.merged else "expert",
+            (*flight.log, *running),
+            flight.held.tokens,
+            flight.held.nano / 1e9,
+            reply.expert,
+            transforms,
+        )
 
     def _record(self, request: ConsultRequest, reply: ExpertReply) -> None:
-        if self._recorder is None or reply.status in ("declined", "cancelled"):
+        if self.recorder is None or reply.status in ("declined", "cancelled"):
             return
         try:
-            self._recorder.write(request, reply)
+            self.recorder.write(request, reply)
         except (OSError, ValueError) as error:
             self._warn_once("record", f"a consult could not be recorded: {error}")
 
-    def _store(self, key: str, reply: ExpertReply) -> None:
+    def _store(self, flight: Flight, reply: ExpertReply) -> None:
         try:
-            if self._cache:
-                self._cache.put(key, reply)
+            self._shelf.put(flight.key, flight.request, reply)
         except sqlite3.Error as error:
             self._warn_once("cache", f"a reply could not be cached: {error}")
 
@@ -264,7 +355,6 @@ class Board:
 
     def close(self) -> None:
         """Let go of the cache and the record."""
-        if self._cache:
-            self._cache.close()
-        if self._recorder:
-            self._recorder.close()
+        self._shelf.close()
+        if self.recorder:
+            self.recorder.close()

@@ -30,6 +30,10 @@ class Amount(NamedTuple):
         """The sum, field by field."""
         return Amount(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def most(self, other: Amount) -> Amount:
+        """The larger of the two, field by field."""
+        return Amount(*(max(a, b) for a, b in zip(self, other, strict=True)))
+
     def minus(self, other: Amount) -> Amount:
         """The difference, field by field."""
         return Amount(*(a - b for a, b in zip(self, other, strict=True)))
@@ -125,24 +129,38 @@ class Ledger:
         `overruns`; the next reservation is then refused.
         """
         final = reservation.amount if usage is None else _amount(usage)
-        if final.tokens > reservation.amount.tokens or final.nano > reservation.amount.nano:
-            self.overruns += 1
-        return self._close(reservation, final)
+        over = final.tokens > reservation.amount.tokens or final.nano > reservation.amount.nano
+        return self._close(reservation, final, over)
 
     def release(self, reservation: Reservation) -> None:
         """Give everything back: the call was surely never billed."""
         self._close(reservation, Amount())
 
-    def _close(self, reservation: Reservation, final: Amount) -> Amount:
+    def _close(self, reservation: Reservation, final: Amount, over: bool = False) -> Amount:
         with self._lock:
             if not reservation.open:
                 return Amount()
             reservation.open = False
+            self.overruns += over
             for key in reservation.accounts:
                 account = self._accounts[key]
                 account.reserved = account.reserved.minus(reservation.amount)
                 account.committed = account.committed.plus(final)
         return final
+
+    def forget(self, before: int | None = None, *, step: int | None = None) -> None:
+        """Drop the accounts of steps below `before`, or those of one `step`, that nothing holds.
+
+        A step that is over is never asked for again, so books and checkpoints stay small. An
+        evaluation forgets its own step first: its caps per step, prompt and rollout start anew.
+        The run's account stays.
+        """
+        with self._lock:
+            for key in [key for key in self._accounts if key[0] != "run"]:
+                at = int(key[1].partition("/")[0])
+                over = at == step if before is None else at < before
+                if over and not any(self._accounts[key].reserved):
+                    del self._accounts[key]
 
     def total(self, per: Per = "run", request: ConsultRequest | None = None) -> Amount:
         """Committed plus reserved on one account."""

@@ -6,12 +6,16 @@ import hashlib
 import json
 import sqlite3
 import threading
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from eapo_fast.errors import ConfigError
 from eapo_fast.experts.base import ConsultRequest, ExpertReply, Usage
+
+if TYPE_CHECKING:
+    from eapo_fast.experts.policy import ConsultPolicy
 
 
 def request_key(identity: str, request: ConsultRequest) -> str:
@@ -28,6 +32,7 @@ def reply_to_json(reply: ExpertReply) -> dict[str, object]:
         "usage": usage and [usage.prompt_tokens, usage.completion_tokens, usage.cost],
         "model": reply.model,
         "truncated": reply.truncated,
+        "expert": reply.expert,
     }
 
 
@@ -37,8 +42,18 @@ def reply_from_json(stored: object) -> ExpertReply | None:
         return None
     model, truncated = stored.get("model"), stored.get("truncated") is True
     usage = usage_from_json(stored.get("usage"))
-    name = model if isinstance(model, str) else None
-    return ExpertReply(stored["text"], usage, name, truncated=truncated)
+    return ExpertReply(
+        stored["text"],
+        usage,
+        text_or_none(model),
+        truncated=truncated,
+        expert=text_or_none(stored.get("expert")),
+    )
+
+
+def text_or_none(value: object) -> str | None:
+    """`value` if it is text."""
+    return value if isinstance(value, str) else None
 
 
 def usage_from_json(stored: object) -> Usage | None:
@@ -64,10 +79,14 @@ class Cache(Protocol):
 
 
 class MemoryCache:
-    """A cache that lasts as long as its scheduler."""
+    """A cache that lasts as long as its scheduler; `begin` empties it for a new step."""
 
     def __init__(self) -> None:
         self._replies: dict[str, ExpertReply] = {}
+
+    def begin(self) -> None:
+        """Forget everything."""
+        self._replies.clear()
 
     def get(self, key: str) -> ExpertReply | None:
         """The reply stored under `key`, if any."""
@@ -121,6 +140,52 @@ class SqliteCache:
         """Close the file."""
         with self._lock:
             self._db.close()
+
+
+class Shelf:
+    """The replies that one scheduler may give again, by the policy's `dedup` and `cache`.
+
+    `dedup="step"` keeps accepted replies for the step in which they were bought, `"run"` for as
+    long as the scheduler lives. `cache` keeps them beyond that. None keeps nothing.
+    """
+
+    def __init__(self, policy: ConsultPolicy | None) -> None:
+        self._per_step = policy is not None and policy.dedup == "step"
+        self._step: int | None = None
+        self._lock = threading.Lock()
+        keeps = policy is not None and policy.dedup in ("step", "run")
+        self._memory = MemoryCache() if keeps else None
+        self._lasting = open_cache(policy.cache) if policy is not None else None
+
+    def get(self, key: str, request: ConsultRequest) -> ExpertReply | None:
+        """The stored reply as a `cached` one, if there is one for this request."""
+        found = None
+        if self._memory is not None:
+            with self._lock:
+                self._begin(request.step)
+                found = self._memory.get(key)
+        if found is None and self._lasting is not None:
+            found = self._lasting.get(key)
+        return None if found is None else replace(found, status="cached", usage=None)
+
+    def put(self, key: str, request: ConsultRequest, reply: ExpertReply) -> None:
+        """Store an accepted reply; sqlite3.Error if the disk refuses."""
+        if self._memory is not None:
+            with self._lock:
+                if not self._per_step or request.step == self._step:
+                    self._memory.put(key, reply)
+        if self._lasting is not None:
+            self._lasting.put(key, reply)
+
+    def _begin(self, step: int) -> None:
+        if self._memory is not None and self._per_step and step != self._step:
+            self._memory.begin()
+            self._step = step
+
+    def close(self) -> None:
+        """Let go of files."""
+        if self._lasting is not None:
+            self._lasting.close()
 
 
 def open_cache(where: str | PathLike[str] | None) -> Cache | None:

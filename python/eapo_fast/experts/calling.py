@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from eapo_fast.errors import ExpertError
@@ -15,6 +16,7 @@ from eapo_fast.experts.base import (
     ReplayMismatch,
     Usage,
 )
+from eapo_fast.experts.secret import scrub
 
 T = TypeVar("T")
 PROMPT_OVERHEAD = 256
@@ -54,7 +56,25 @@ def _checked(reply: object) -> ExpertReply:
     if not isinstance(reply.text, str) or reply.status not in STATUSES:
         detail = f"text is {type(reply.text).__name__}, status is {reply.status!r}"
         return ExpertReply.failed("malformed", detail)
-    return reply
+    if reply.usage is not None and not _plausible(reply.usage):
+        reply = replace(reply, usage=None)
+    return without_secrets(reply)
+
+
+def _plausible(usage: object) -> bool:
+    """Whether a usage can be booked; another one counts as unknown."""
+    if not isinstance(usage, Usage):
+        return False
+    numbers = (usage.prompt_tokens, usage.completion_tokens, usage.cost)
+    return all(isinstance(n, int | float) and 0 <= n < 2**53 for n in numbers)
+
+
+def without_secrets(reply: ExpertReply) -> ExpertReply:
+    """`reply` without live keys: a server may echo them, and replies are stored."""
+    model = None if reply.model is None else scrub(str(reply.model))
+    text = scrub(reply.text)
+    same = text == reply.text and model == reply.model
+    return reply if same else replace(reply, text=text, model=model)
 
 
 def run_now(coroutine: Coroutine[Any, Any, T]) -> T:

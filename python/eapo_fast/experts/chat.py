@@ -96,7 +96,7 @@ def price(read: int, written: int, prices: tuple[float, float] | None) -> float:
 def parse_error(status: int, headers: Mapping[str, str], body: bytes) -> ExpertReply:
     """The failure that an HTTP status other than 2xx stands for."""
     detail = f"HTTP {status}: {_start(body)}"
-    wait = retry_after(headers.get("retry-after"))
+    wait = retry_after(headers.get("retry-after"), _date(headers.get("date")))
     if status in (409, 425, 429):
         return ExpertReply.failed("rate", detail, retry_after=wait, billed=False)
     if status == 408 or status >= 500:
@@ -106,7 +106,11 @@ def parse_error(status: int, headers: Mapping[str, str], body: bytes) -> ExpertR
 
 
 def retry_after(value: str | None, now: float | None = None) -> float | None:
-    """Seconds in a Retry-After header (a number or a date), or None if it says nothing usable."""
+    """Seconds in a Retry-After header (a number or a date), or None if it says nothing usable.
+
+    A date counts from `now`, which should be the response's own Date: the clock here may be
+    another or may jump. None: the clock here.
+    """
     if value is None:
         return None
     try:
@@ -114,6 +118,14 @@ def retry_after(value: str | None, now: float | None = None) -> float | None:
     except ValueError:
         seconds = _seconds_until(value, time.time() if now is None else now)
     return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _date(value: str | None) -> float | None:
+    """The moment of a Date header, in seconds since the epoch."""
+    try:
+        return None if value is None else email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def _seconds_until(date: str, now: float) -> float:

@@ -6,12 +6,14 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from eapo_fast._core import keyed_uniform
 from eapo_fast.experts.base import ACCEPTED, ExpertReply
 from eapo_fast.experts.board import Board, Consult, Flight
 from eapo_fast.experts.breaker import Breaker
 from eapo_fast.experts.calling import call_expert
+from eapo_fast.experts.hedging import Hedges
 
 BACKOFF_BASE = 0.5
 BACKOFF_CAP = 8.0
@@ -50,6 +52,7 @@ class Dispatcher:
         self._age: asyncio.TimerHandle | None = None
         self._resume_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._hedges = Hedges(board, self._slots)
 
     def admit(self, consult: Consult, flight: Flight | None) -> None:
         """Watch the deadline of a new consult and queue its flight if that is new too."""
@@ -97,7 +100,13 @@ class Dispatcher:
             flight.call = call
         call.task = self.loop.create_task(self._carry(call))
         self._tasks.add(call.task)
-        call.task.add_done_callback(self._tasks.discard)
+        call.task.add_done_callback(partial(self._ended, call))
+
+    def _ended(self, call: Call, task: asyncio.Task[None]) -> None:
+        """Forget a task; one that was cancelled before its first step has not settled anything."""
+        self._tasks.discard(task)
+        if any(flight.call is call for flight in call.flights):
+            self._abandon(call)
 
     async def _carry(self, call: Call) -> None:
         try:
@@ -131,13 +140,16 @@ class Dispatcher:
             self.board.counters.add("blocked_by_breaker", len(live))
             blocked = ExpertReply.failed("down", "left alone after failures", billed=False)
             return [*dead, *((flight, blocked) for flight in live)]
-        for flight in live:
-            flight.attempts += 1
-            flight.sent = True
-        self.board.counters.add("sent", len(live))
-        replies = await call_expert(self.board.expert, [flight.request for flight in live])
+        self.board.begin(live)
+        replies = await self._ask(live)
         self._judge(replies)
         return [*dead, *zip(live, replies, strict=True)]
+
+    async def _ask(self, flights: Sequence[Flight]) -> list[ExpertReply]:
+        requests = [flight.request for flight in flights]
+        if self.board.policy.hedge_after is None or len(flights) > 1:
+            return await call_expert(self.board.expert, requests)
+        return [await self._hedges.ask(flights[0])]
 
     def _judge(self, replies: Sequence[ExpertReply]) -> None:
         now = self.loop.time()
@@ -157,8 +169,9 @@ class Dispatcher:
         elif any(flight.sent for flight in call.flights):
             self.breaker.abandon(now)
         for flight in call.flights:
-            flight.call = None
-            self.board.settle(flight, None if flight.sent else _unbilled())
+            if flight.call is call:
+                flight.call = None
+                self.board.settle(flight, None if flight.sent else _unbilled())
 
     def _after(self, flight: Flight, reply: ExpertReply) -> None:
         self.board.settle(flight, reply)
@@ -167,9 +180,9 @@ class Dispatcher:
             self._land(flight, reply)
             return
         for consult in flight.waiters:
-            consult.failures += 1
-        retries = self.board.policy.retries
-        self.board.drop(flight, reply, lambda consult: consult.failures > retries)
+            consult.failures[reply.status] += 1
+        gives_up = self.board.policy.gives_up
+        self.board.drop(flight, reply, lambda consult: gives_up(consult.failures))
         delay = max(backoff(self.seed, flight), reply.retry_after or 0.0)
         self._drop_late(flight, reply, self.loop.time() + delay)
         if flight.waiters:
@@ -181,11 +194,12 @@ class Dispatcher:
     def _retry(self, flight: Flight) -> None:
         if not flight.waiters:
             return
-        if self.board.reserve(flight):
+        failure = self.board.reserve_again(flight)
+        if failure is None:
             self.board.counters.add("retries")
             self._enqueue(flight)
         else:
-            self._land(flight, ExpertReply.failed("budget"))
+            self._land(flight, failure)
 
     def _land(self, flight: Flight, reply: ExpertReply) -> None:
         for consult in flight.waiters:

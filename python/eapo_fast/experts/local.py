@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eapo_fast.errors import ConfigError, ModelError
+from eapo_fast.errors import ConfigError, EapoError, ModelError
 from eapo_fast.experts.base import ConsultRequest, ExpertReply, Usage
 from eapo_fast.experts.calling import PROMPT_OVERHEAD, text_bytes
 from eapo_fast.experts.chat import PROMPT, SYSTEM, messages, strip_thinking
@@ -17,17 +17,17 @@ from eapo_fast.experts.sanitize import escape_tags
 from eapo_fast.experts.threads import DaemonPool
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LocalModel:
-    """Answers batches with `model.generate`, greedily, on one worker thread.
+    """Answers batches with the paged sampler, greedily, on one worker thread.
 
     `model` and `tokenizer` are loaded objects or a local directory (then `tokenizer` may be
-    left out). Greedy decoding needs no random state, so that an expert never disturbs the
-    generators of the run. Special tokens in a query are made harmless before the query is encoded.
-    A reply that reaches `max_reply_tokens` is kept and flagged `truncated`.
+    left out). The model must not be the policy itself: give a copy. Greedy decoding needs no
+    random state, so that an expert never disturbs the generators of the run. Special tokens in a
+    query are made harmless before the query is encoded. A reply that reaches `max_reply_tokens` is
+    kept and flagged `truncated`; a prompt that leaves no room for a reply is `too_long`.
     """
 
     immediate = False
@@ -53,6 +53,11 @@ class LocalModel:
         self.system = system
         self.max_reply_tokens = max_reply_tokens
         self.max_batch_size = max_batch_size
+        from eapo_fast.engine import Sampler, SamplerConfig
+
+        self._sampler = Sampler(
+            self.model, config=SamplerConfig(max_batch=max_batch_size, prefix_cache=False)
+        )
         self.name = str(getattr(self.model.config, "_name_or_path", "") or "local")
         self._pool: DaemonPool | None = None
 
@@ -79,27 +84,35 @@ class LocalModel:
     def _generate(
         self, requests: Sequence[ConsultRequest], stop: threading.Event
     ) -> list[ExpertReply]:
-        import torch
-        from transformers import StoppingCriteria, StoppingCriteriaList
-
-        class Cancelled(StoppingCriteria):
-            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-                rows = input_ids.shape[0]
-                return torch.full((rows,), stop.is_set(), device=input_ids.device)
-
         prompts = [self._encode(request) for request in requests]
-        ids, mask = self._left_padded(prompts)
-        with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=self.max_reply_tokens,
-                do_sample=False,
-                pad_token_id=self._pad_id(),
-                stopping_criteria=StoppingCriteriaList([Cancelled()]),
-            )
-        rows = output[:, ids.shape[1] :].tolist()
-        return [self._reply(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+        fits = [i for i, prompt in enumerate(prompts) if len(prompt) < self._sampler.max_context]
+        rows = dict(zip(fits, self._sample([prompts[i] for i in fits], stop), strict=True))
+        return [
+            self._reply(prompt, rows[i]) if i in rows else _no_room(prompt)
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _sample(self, prompts: list[list[int]], stop: threading.Event) -> list[list[int]]:
+        """The tokens that follow each prompt, cut where `stop` was set."""
+        from eapo_fast.engine import SamplingParams
+
+        if not prompts:
+            return []
+        params = SamplingParams(
+            max_tokens=self.max_reply_tokens,
+            temperature=0.0,
+            stop_token_ids=tuple(sorted(self._end_ids())),
+        )
+        sampler = self._sampler
+        with sampler.session(prompts, params) as session:
+            rules = sampler.rules_of(params)
+            rows = [
+                session.add_group(prompt, params, rules, prompt_id=i, step=0)[0]
+                for i, prompt in enumerate(prompts)
+            ]
+            while session.unfinished and not stop.is_set():
+                session.step()
+            return [session.row(row).token_ids.tolist() for row in rows]
 
     def _encode(self, request: ConsultRequest) -> list[int]:
         special = [token for token in self.tokenizer.all_special_tokens if token]
@@ -114,19 +127,6 @@ class LocalModel:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         text = "\n\n".join(message["content"] for message in chat) + "\n\nHint:\n"
         return list(self.tokenizer(text)["input_ids"])
-
-    def _left_padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        width, pad = max(map(len, prompts)), self._pad_id()
-        ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        device = self.model.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-    def _pad_id(self) -> int:
-        """An id that the embedding surely has; padding is masked, or follows an end id."""
-        return min(self._end_ids(), default=0)
 
     def _end_ids(self) -> set[int]:
         ends = getattr(self.model.generation_config, "eos_token_id", None)
@@ -146,6 +146,14 @@ class LocalModel:
             )
         return ExpertReply(reply, usage, self.name, truncated=cut)
 
+    def probe(self) -> str | None:
+        """Why the sampler cannot run the model; None if it can."""
+        try:
+            self._sample([[0]], _already_set())
+        except EapoError as error:
+            return str(error)
+        return None
+
     async def aclose(self) -> None:
         """End the worker thread; a later call starts a new one."""
         pool, self._pool = self._pool, None
@@ -154,6 +162,17 @@ class LocalModel:
 
     def __repr__(self) -> str:
         return f"LocalModel({self.name!r}, max_reply_tokens={self.max_reply_tokens})"
+
+
+def _already_set() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
+def _no_room(prompt: list[int]) -> ExpertReply:
+    detail = f"the prompt of {len(prompt)} tokens fills the model's context"
+    return ExpertReply.failed("too_long", detail, billed=False)
 
 
 def _load(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any]:

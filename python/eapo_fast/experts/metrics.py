@@ -7,7 +7,18 @@ from collections import Counter
 
 from eapo_fast.experts.base import STATUSES, ConsultResult
 
-COUNTS = ("asked", "sent", "saved_by_gate", "merged", "retries", "blocked_by_breaker", "truncated")
+COUNTS = (
+    "asked",
+    "sent",
+    "saved_by_gate",
+    "merged",
+    "retries",
+    "hedges",
+    "hedges_won",
+    "hedges_refused",
+    "blocked_by_breaker",
+    "truncated",
+)
 """Counters besides the statuses."""
 
 
@@ -63,7 +74,9 @@ class Counters:
         share = counts["accepted"] / counts["asked"] if counts["asked"] else 0.0
         values = {name: float(counts[name]) for name in (*COUNTS, *STATUSES)}
         values |= {"accepted_share": share, "tokens": float(tokens), "cost": cost}
-        values |= {"latency_p50": _rank(latencies, 0.50), "latency_p99": _rank(latencies, 0.99)}
+        shared = (counts["merged"] + counts["cached"]) / max(1, counts["asked"] - counts["declined"])
+        values |= {"shared_share": min(1.0, shared)}
+        values |= {f"latency_p{q}": _rank(latencies, q / 100) for q in (50, 90, 99)}
         return {f"expert/{name}": value for name, value in values.items()}
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from os import PathLike
+from types import MappingProxyType
 from typing import Literal, get_args
 
 from eapo_fast.errors import ConfigError, suggest
+from eapo_fast.experts.base import STATUSES
 from eapo_fast.experts.gate import SCHEDULES, Schedule, acceptance
 
 Gate = Literal["before_dispatch", "after_reply"]
-Dedup = Literal["in_flight", "off"]
+Dedup = Literal["off", "in_flight", "step", "run"]
+Answers = Literal["keep", "redact", "decline"]
+RETRIES: Mapping[str, int] = MappingProxyType({"rate": 8, "down": 3, "malformed": 1})
+"""Further attempts by kind of failure: a full queue empties, a wrong body hardly changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +42,25 @@ class ConsultPolicy:
     max_wait: float = 0.02
     """Seconds a request may wait for others to fill its batch."""
     dedup: Dedup = "in_flight"
-    """Merge equal requests while one of them is in flight, or never."""
+    """Share a reply between equal requests: never, while one of them is in flight, for the rest of
+    the step, or for the rest of the run. Sharing a sampled reply makes a prompt group's rollouts
+    depend on each other; `sample_index` keeps deliberate repeats apart."""
     cache: str | PathLike[str] | None = None
     """None, "memory", or the path of an SQLite file: accepted replies are bought once."""
     record: str | PathLike[str] | None = None
-    """JSON-lines file that gets every consult, for `Recorded`."""
-    retries: int = 2
-    """Further attempts after a failure that may pass, inside the deadline."""
+    """JSON-lines file that gets every consult and the engine's ticks, for `Recorded`."""
+    step_timeout: float | None = None
+    """Seconds from a step's first consult after which all its consults end; None: no such end."""
+    retries: int | Mapping[str, int] = field(default_factory=lambda: RETRIES)
+    """Further attempts after failures that may pass, inside the deadline: of any kind together, or
+    by status."""
+    hedge_after: float | None = None
+    """Seconds after which a late call gets a second one beside it; the first good reply counts.
+    Both are reserved in the budget, and the one given up is charged in full. None: never."""
+    hedge_share: float = 0.05
+    """Most hedges per call sent."""
+    answers: Answers = "keep"
+    """What to do with a boxed answer in a reply: keep, redact the box, or decline the reply."""
     max_reply_tokens: int = 1024
     """Cap on a reply, for budgets and (at 8 characters a token) for its text."""
     breaker_failures: int = 8
@@ -54,14 +72,37 @@ class ConsultPolicy:
         _member("schedule", self.schedule, SCHEDULES)
         _member("gate", self.gate, get_args(Gate))
         _member("dedup", self.dedup, get_args(Dedup))
+        _member("answers", self.answers, get_args(Answers))
+        self._check_retries()
+        for name in ("step_timeout", "hedge_after"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "None or a number above 0")
+        _require(0 < self.hedge_share <= 1, "hedge_share", self.hedge_share, "above 0, at most 1")
         for name in ("schedule_offset", "schedule_power", "timeout", "breaker_period"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         for name in ("max_concurrency", "max_reply_tokens", "breaker_failures"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of 1 or more")
-        for name in ("max_wait", "retries"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.max_wait >= 0, "max_wait", self.max_wait, "0 or more")
         _require(0.0 <= self.floor <= 1.0, "floor", self.floor, "a number from 0 to 1")
         self.acceptance(1)
+
+    def _check_retries(self) -> None:
+        mapping = isinstance(self.retries, Mapping)
+        for name in self.retries if isinstance(self.retries, Mapping) else ():
+            _member("retries", name, STATUSES)
+        counts = self.retries.values() if isinstance(self.retries, Mapping) else [self.retries]
+        _require(
+            all(isinstance(count, int) and count >= 0 for count in counts),
+            "retries",
+            dict(self.retries) if mapping else self.retries,  # type: ignore[arg-type]
+            "0 or more, or such numbers by status",
+        )
+
+    def gives_up(self, failures: Mapping[str, int]) -> bool:
+        """Whether a consult with so many `failures` by status gets no further attempt."""
+        if isinstance(self.retries, Mapping):
+            return any(count > self.retries.get(kind, 0) for kind, count in failures.items())
+        return sum(failures.values()) > self.retries
 
     def acceptance(self, step: int) -> float:
         """rho(step) under this policy's schedule."""

@@ -1,10 +1,15 @@
-"""Record consults as JSON lines, and an expert that replays such a file."""
+"""Record consults as JSON lines, and an expert that replays such a file.
+
+A recording has two kinds of content, each line with its checksum: what every consult was answered
+(`"kind": "consult"`), and the engine steps at which replies joined their rows (`"begin"` opens a
+collection of rollouts, `"tick"` is one step of it; `experts.tape`). Where a place was recorded
+twice, as after a crash, the later lines count.
+"""
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,9 @@ from eapo_fast.experts.base import (
     ExpertReply,
     ReplayMismatch,
 )
-from eapo_fast.experts.cache import reply_to_json, usage_from_json
+from eapo_fast.experts.cache import reply_to_json, text_or_none, usage_from_json
+from eapo_fast.experts.lines import sealed, unsealed
+from eapo_fast.experts.tape import ReplayingTape, Tape
 
 Place = tuple[int, ...]
 Content = tuple[str, str, int]
@@ -29,6 +36,7 @@ class Recorder:
         self._lock = threading.Lock()
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+            end_torn_line(Path(path))
             self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise ConfigError(
@@ -38,9 +46,13 @@ class Recorder:
 
     def write(self, request: ConsultRequest, reply: ExpertReply) -> None:
         """Append the line of one consult."""
-        line = json.dumps(record_line(request, reply))
+        self.write_line(record_line(request, reply))
+
+    def write_line(self, line: Mapping[str, Any]) -> None:
+        """Append a line."""
+        text = sealed(line) + "\n"
         with self._lock:
-            self._file.write(line + "\n")
+            self._file.write(text)
             self._file.flush()
 
     def close(self) -> None:
@@ -52,6 +64,7 @@ class Recorder:
 def record_line(request: ConsultRequest, reply: ExpertReply) -> dict[str, Any]:
     """What a recording holds about one consult."""
     return {
+        "kind": "consult",
         "query": request.query,
         "problem": request.problem,
         "sample_index": request.sample_index,
@@ -61,11 +74,31 @@ def record_line(request: ConsultRequest, reply: ExpertReply) -> dict[str, Any]:
     }
 
 
+def end_torn_line(path: Path) -> None:
+    """Cut an unfinished last line off, so that what is appended starts on a line of its own."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        size = file.seek(0, 2)
+        position = size
+        while position > 0:
+            position = max(0, position - 65536)
+            file.seek(position)
+            found = file.read(min(65536, size - position)).rfind(b"\n")
+            if found >= 0:
+                position += found + 1
+                break
+        if position < size:
+            file.truncate(position)
+
+
 class Recorded:
     """Replays a recording: same place and content first, else the same content.
 
-    A request that was never recorded raises `ReplayMismatch` out of the scheduler, because a run
-    that asks something new is no replay; with `strict=False` it is answered `refused`.
+    Replies join their rows at the recorded engine steps, so a replayed run is the recorded one to
+    the bit, however long its expert took then; no socket is opened. A request that was never
+    recorded raises `ReplayMismatch` out of the scheduler, because a run that asks something new is
+    no replay; with `strict=False` it is answered `refused`, and replies join when they can.
     """
 
     immediate = True
@@ -78,7 +111,16 @@ class Recorded:
         self.strict = strict
         self._by_place: dict[tuple[Place, Content], ExpertReply] = {}
         self._by_content: dict[Content, ExpertReply] = {}
-        for line in _read_lines(self.path):
+        self._ticks: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for line in read_lines(self.path):
+            self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if line["kind"] == "begin":
+            self._ticks[line["step"], line["part"]] = []
+        elif line["kind"] == "tick":
+            self._ticks[line["step"], line["part"]].append(line)
+        else:
             content = (line["query"], line["problem"], line["sample_index"])
             reply = _reply(line)
             self._by_place[tuple(line["place"]), content] = reply
@@ -91,6 +133,13 @@ class Recorded:
     def identity(self) -> str:
         """Part of cache keys."""
         return f"recorded:{self.path}"
+
+    def timeline(self, step: int, part: int) -> Tape:
+        """When the replies of a collection joined; free running if that was not recorded."""
+        lines = self._ticks.get((step, part))
+        if not self.strict or lines is None:
+            return Tape()
+        return ReplayingTape(lines, str(self.path))
 
     async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
         """The recorded reply of each request."""
@@ -110,7 +159,11 @@ class Recorded:
         return ExpertReply.failed("refused", problem)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a recording; DataError if it cannot be read or a line is damaged.
+
+    The unfinished last line of a killed run is dropped.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
@@ -124,37 +177,44 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse_torn(line: str, path: Path) -> list[dict[str, Any]]:
-    """The unfinished last line of a killed run is dropped; a complete one is kept."""
     try:
         return [_parse(line, path, 0)]
     except DataError:
         return []
 
 
+_TYPES: dict[str, dict[str, type]] = {
+    "consult": {"query": str, "problem": str, "sample_index": int, "place": list, "text": str},
+    "begin": {"step": int, "part": int},
+    "tick": {"step": int, "part": int, "tick": int},
+}
+
+
 def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-        valid = (
-            isinstance(record["query"], str)
-            and isinstance(record["problem"], str)
-            and isinstance(record["sample_index"], int)
-            and isinstance(record["place"], list)
-            and isinstance(record["text"], str)
-            and record["status"] in STATUSES
-        )
-    except (ValueError, KeyError, TypeError, RecursionError):
-        valid = False
+        record = unsealed(line)
+        types = _TYPES[record["kind"]]
+        valid = all(isinstance(record[name], kind) for name, kind in types.items())
+        valid = valid and (record["kind"] != "consult" or record["status"] in STATUSES)
+        reason = "it is not written by expert_record"
+    except DataError as error:
+        valid, reason = False, str(error)
+    except (KeyError, TypeError):
+        valid, reason = False, "it is not written by expert_record"
     if not valid:
-        raise DataError(f"{path}, line {number}: this is not a consult written by expert_record.")
-    return dict(record)
+        raise DataError(
+            f"{path}, line {number}: {reason}. Restore the file, or cut it before this line and "
+            "replay up to there."
+        )
+    return record
 
 
 def _reply(line: dict[str, Any]) -> ExpertReply:
-    model = line.get("model")
     return ExpertReply(
         line["text"],
         usage_from_json(line.get("usage")),
-        model if isinstance(model, str) else None,
+        text_or_none(line.get("model")),
         status=line["status"],
         truncated=line.get("truncated") is True,
+        expert=text_or_none(line.get("expert")),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -26,6 +26,7 @@ from eapo_fast.experts.dispatch import Dispatcher
 from eapo_fast.experts.gate import gate_accepts, gate_draw
 from eapo_fast.experts.policy import ConsultPolicy
 from eapo_fast.experts.secret import redact
+from eapo_fast.experts.tape import RecordingTape, Tape
 from eapo_fast.experts.threads import LoopThread
 
 GRACE = 0.2
@@ -40,20 +41,21 @@ class ConsultScheduler:
     replay). Results are independent of completion order: the gate and the jitter are keyed
     draws. An expert with `immediate=True` is answered on the caller's thread by `flush()`,
     `wait()` or `result()`, without timers. Close it, or use it as a context manager: the
-    event-loop thread and all tasks end, and open consults become `cancelled`.
+    event-loop thread and all tasks end, and open consults become `cancelled`. A `Ledger` in place
+    of a budget is shared: two schedulers then spend the same money.
     """
 
     def __init__(
         self,
         expert: Expert,
         policy: ConsultPolicy | None = None,
-        budget: Budget | Sequence[Budget] | None = None,
+        budget: Budget | Sequence[Budget] | Ledger | None = None,
         *,
         seed: int = 0,
     ) -> None:
         self.expert = _checked_expert(expert)
         self.policy = policy or ConsultPolicy()
-        self.ledger = Ledger(budget)
+        self.ledger = budget if isinstance(budget, Ledger) else Ledger(budget)
         self.seed = seed
         self.immediate = bool(getattr(expert, "immediate", False))
         _check_prices(expert, self.ledger)
@@ -61,6 +63,8 @@ class ConsultScheduler:
         self._queue: deque[Flight] = deque()
         self._starting = threading.Lock()
         self._seen = 0
+        self._step_end: tuple[int, float] | None = None
+        self._parts: Counter[int] = Counter()
         self._closed = False
         self._thread: LoopThread | None = None
         self._dispatcher: Dispatcher | None = None
@@ -98,10 +102,30 @@ class ConsultScheduler:
 
     def _consult(self, request: ConsultRequest) -> Consult:
         now = time.monotonic()
-        deadline = float("inf") if self.immediate else now + self.policy.timeout
+        deadline = float("inf") if self.immediate else self._deadline(request.step, now)
         accept = gate_accepts(self.acceptance(request.step), gate_draw(self.seed, request))
         handle = ConsultHandle(request, self._wait_for, self._cancel)
         return Consult(request, handle, now, deadline, accept)
+
+    def _deadline(self, step: int, now: float) -> float:
+        """When a consult asked now ends at the latest: its own time, or what the step has left."""
+        own, allowed = now + self.policy.timeout, self.policy.step_timeout
+        if allowed is None:
+            return own
+        if self._step_end is None or self._step_end[0] != step:
+            self._step_end = step, now + allowed
+        return min(own, max(now, self._step_end[1]))
+
+    def tape(self, step: int) -> Tape:
+        """What the clock decides in a collection of rollouts: recorded, replayed, or neither."""
+        self._parts[step] += 1
+        part = self._parts[step] - 1
+        timeline = getattr(self.expert, "timeline", None)
+        if timeline is not None:
+            replayed: Tape = timeline(step, part)
+            return replayed
+        recorder = self._board.recorder
+        return Tape() if recorder is None else RecordingTape(recorder.write_line, step, part)
 
     def _call_loop(self, function: Callable[[Dispatcher], None]) -> None:
         with self._starting:
@@ -127,7 +151,7 @@ class ConsultScheduler:
 
     def _answer(self, flights: Sequence[Flight]) -> None:
         requests = [flight.request for flight in flights]
-        self._board.counters.add("sent", len(flights))
+        self._board.begin(flights)
         try:
             replies = run_now(call_expert(self.expert, requests))
         except ReplayMismatch:
@@ -171,8 +195,7 @@ class ConsultScheduler:
                 return False
             fresh = handle.done() if handle else board.completed > self._seen
             if not fresh:
-                deadlines = (consult.deadline + GRACE for consult in board.outstanding)
-                until = min(end, min(deadlines, default=now + 1.0))
+                until = min(end, board.next_deadline() + GRACE)
                 board.changed.wait(min(max(0.0, until - now), 3600.0))
         self._quit(board.overdue(time.monotonic(), GRACE), "timeout")
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import urllib.parse
@@ -41,6 +42,7 @@ class Secret:
         return (
             self._value,
             urllib.parse.quote(self._value, safe=""),
+            json.dumps(self._value)[1:-1],
             *(form.decode().rstrip("=") for form in encodings),
         )
 
@@ -86,11 +88,19 @@ def _checked(value: str, where: str) -> Secret:
     return Secret(key)
 
 
-def redact(text: str) -> str:
-    """`text` without any live `Secret` and without what looks like a credential."""
-    if not text:
+def scrub(text: str) -> str:
+    """`text` without any live `Secret`: for replies, which may echo a key but are not ours."""
+    if not text or not _LIVE:
         return text
     for secret in list(_LIVE):
         for form in secret.forms():
             text = text.replace(form, MASK)
+    return text
+
+
+def redact(text: str) -> str:
+    """`text` without any live `Secret` and without what looks like a credential."""
+    if not text:
+        return text
+    text = scrub(text)
     return _LOOKS_SECRET.sub(lambda match: f"{match.group(1) or ''}{MASK}", text)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -68,5 +71,24 @@ def _has_triton() -> bool:
 
 @cache
 def follow_torch_threads() -> None:
-    """Use as many threads as torch does, once; `_core.set_num_threads` changes it later."""
+    """Use the threads that torch does, once; `_core.set_num_threads` changes their number later."""
+    use_torch_threads()
+
+
+def use_torch_threads() -> None:
+    """Run the CPU kernels on as many threads as torch, and on the same ones where it has OpenMP."""
     _core.set_num_threads(torch.get_num_threads())
+    _core.share_openmp(_gomp_parallel())
+
+
+@cache
+def _gomp_parallel() -> int:
+    """Return the address of GOMP_parallel in the OpenMP runtime that torch runs on, 0 without one.
+
+    LLVM's and Intel's runtimes have that entry point too (on Linux).
+    """
+    libraries = Path(torch.__file__).parent / "lib"
+    with suppress(OSError, AttributeError, ValueError):
+        torch_cpu = ctypes.CDLL(str(libraries / "libtorch_cpu.so"), mode=os.RTLD_NOLOAD)
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value or 0
+    return 0

@@ -22,10 +22,11 @@ from eapo_fast.experts import (
     ConsultRequest,
     ConsultResult,
     ConsultScheduler,
-    escape_tags,
 )
-from eapo_fast.rollout.protocol import ConsultProtocol, Piece
-from eapo_fast.rollout.types import FinishReason, Rollout, Segment, SegmentKind
+from eapo_fast.experts.tape import Tape
+from eapo_fast.rollout.injection import compose
+from eapo_fast.rollout.protocol import ConsultProtocol
+from eapo_fast.rollout.types import FinishReason, Injection, Rollout, Segment, SegmentKind
 
 _POLL_SECONDS = 1.0
 
@@ -42,7 +43,13 @@ class _Trajectory:
     kinds: list[SegmentKind] = field(default_factory=list)
     requests: list[ConsultRequest] = field(default_factory=list)
     results: list[ConsultResult] = field(default_factory=list)
+    injections: list[Injection] = field(default_factory=list)
     pending: list[ConsultHandle] = field(default_factory=list)
+
+    @property
+    def row(self) -> tuple[int, int, int]:
+        """(prompt, rollout, turn): the name of what it waits for."""
+        return (self.prompt_id, self.sample, self.turn)
 
 
 def collect_rollouts(
@@ -116,6 +123,9 @@ class _Collection:
         self.problems: list[str] = []
         self.trajectories: dict[int, _Trajectory] = {}
         self.groups: list[list[Rollout | None]] = []
+        self.tape = scheduler.tape(step) if scheduler is not None else Tape()
+        session.pinned_rate = self.tape.replays
+        self.tick = 0
 
     def add(
         self,
@@ -137,9 +147,12 @@ class _Collection:
         """Run until every rollout has ended."""
         while self.session.unfinished:
             events = self.session.step()
+            self.tick += events is not None
+            self.session.believe_rate(self.tape.rate(self.tick, self.session.prefill_rate))
             for event in events or ():
                 self._handle(event)
             self._answer(idle=events is None)
+        self.tape.finish()
 
     def rollouts(self) -> list[Rollout]:
         """Return all rollouts, ordered by prompt and sample."""
@@ -192,19 +205,22 @@ class _Collection:
             )
             trajectory.requests.append(request)
             trajectory.pending.append(self.scheduler.submit(request))
-        self.session.expect_wait(seq, self.scheduler.expected_wait())
+        wait = self.tape.wait(trajectory.row, self.scheduler.expected_wait())
+        self.session.expect_wait(seq, wait)
 
     def _answer(self, *, idle: bool) -> None:
-        """Inject every reply that is complete; with nothing to decode, wait for one."""
-        waiting = [s for s, t in self.trajectories.items() if t.pending]
+        """Inject every reply that is complete and due; with nothing to decode, wait for one."""
+        waiting = {t.row: s for s, t in self.trajectories.items() if t.pending}
         if not waiting or self.scheduler is None:
             return
         self.scheduler.flush()
-        if not self.scheduler.immediate and idle and not any(self._answered(s) for s in waiting):
+        ready = [row for row, seq in waiting.items() if self._answered(seq)]
+        if idle and not ready:
             self.scheduler.wait(_POLL_SECONDS)
-        for seq in waiting:
-            if self.scheduler.immediate or self._answered(seq):
-                self._inject(seq, [h.result() for h in self.trajectories[seq].pending])
+            ready = [row for row, seq in waiting.items() if self._answered(seq)]
+        for row in self.tape.due(self.tick, ready, idle=idle):
+            seq = waiting[row]
+            self._inject(seq, [h.result() for h in self.trajectories[seq].pending])
 
     def _answered(self, seq: int) -> bool:
         return all(handle.done() for handle in self.trajectories[seq].pending)
@@ -212,28 +228,35 @@ class _Collection:
     def _inject(self, seq: int, results: list[ConsultResult] | None) -> None:
         """Append the reply (None: malformed block) in-line and let the row go on."""
         assert self.protocol is not None
-        trajectory = self.trajectories[seq]
-        advised, pieces = self.protocol.answer(results)
-        trajectory.kinds.append("expert" if advised else "notice")
-        trajectory.results.extend(results or ())
-        trajectory.pending.clear()
-        trajectory.turn += 1
-        ids = [i for piece in pieces for i in self._encode(piece)]
-        if not self.session.inject(seq, ids):
-            self._finish(seq)
-            return
-        trajectory.turn_start = len(self.session.row(seq).token_ids)
-        if not self._turns_left(trajectory.turn):
-            self.session.set_rules(seq, self.alone)
-
-    def _encode(self, piece: Piece) -> list[int]:
-        assert self.protocol is not None
         assert self.vocabulary is not None
         assert self.scheduler is not None
-        if piece.origin == "tag":
-            return self.vocabulary.encode(piece.text)
+        trajectory = self.trajectories[seq]
         limit = self.scheduler.policy.max_reply_tokens
-        return encode_reply(self.vocabulary, piece.text, self.protocol.tags)[:limit]
+        answer = compose(self.vocabulary, self.protocol, results, limit)
+        start = len(self.session.row(seq).token_ids)
+        trajectory.kinds.append(answer.kind)
+        trajectory.results.extend(answer.results)
+        trajectory.pending.clear()
+        runnable = self.session.inject(seq, answer.token_ids)
+        written = len(self.session.row(seq).token_ids) - start
+        trajectory.injections.append(
+            Injection(
+                turn=trajectory.turn,
+                tick=self.tick,
+                start=start,
+                stop=start + written,
+                spans=[
+                    (start + min(a, written), start + min(b, written)) for a, b in answer.spans
+                ],
+            )
+        )
+        trajectory.turn += 1
+        if not runnable:
+            self._finish(seq)
+            return
+        trajectory.turn_start = start + written
+        if not self._turns_left(trajectory.turn):
+            self.session.set_rules(seq, self.alone)
 
     def _finish(self, seq: int) -> None:
         trajectory = self.trajectories.pop(seq)
@@ -247,6 +270,7 @@ class _Collection:
             segments=segments_of(row.mask, trajectory.kinds),
             consults=trajectory.results,
             requests=trajectory.requests,
+            injections=trajectory.injections,
             finish_reason=_checked(row.finish_reason),
             group_id=trajectory.prompt,
             sample_index=trajectory.sample,
@@ -270,14 +294,6 @@ def _foreign_tokens(
     written = sum(len(sampler.vocabulary.encode(t)) for t in texts)
     replies = protocol.max_queries * (scheduler.policy.max_reply_tokens + written)
     return (protocol.max_turns - 1) * replies
-
-
-def encode_reply(vocabulary: Vocabulary, text: str, tags: Sequence[str]) -> list[int]:
-    """Tokenise a reply so that neither its ids nor their text hold a control token or a tag."""
-    ids = vocabulary.encode_foreign(escape_tags(text, tags))
-    if any(tag in vocabulary.text(ids) for tag in tags):
-        ids = vocabulary.encode_foreign(text.replace("<", "(").replace(">", ")"))
-    return ids
 
 
 def segments_of(mask: NDArray[np.uint8], kinds: Sequence[SegmentKind]) -> list[Segment]:

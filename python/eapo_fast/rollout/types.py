@@ -40,6 +40,22 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Injection:
+    """One segment that the engine put into a rollout, and whose tokens are whose."""
+
+    turn: int
+    """Turn of the consult that it answers."""
+    tick: int
+    """Engine steps done when it joined."""
+    start: int
+    """Start of the segment in `Rollout.token_ids`."""
+    stop: int
+    """End of the segment."""
+    spans: list[tuple[int, int]]
+    """[start, stop) in `Rollout.token_ids` of each query's tokens; empty for a malformed block."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One trajectory after its prompt; all arrays have the length of `token_ids`, [N]."""
 
@@ -57,6 +73,8 @@ class Rollout:
     """What became of each query, in the order asked."""
     requests: list[ConsultRequest] = field(default_factory=list)
     """The queries themselves, beside `consults`."""
+    injections: list[Injection] = field(default_factory=list)
+    """What was put in, one for each segment that is not the policy's, in order."""
     finish_reason: FinishReason
     """stop, length (policy tokens or context used up), turns (a consult after the last turn) or
     error."""

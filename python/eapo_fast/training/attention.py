@@ -1,14 +1,15 @@
 """Training attention over a packed row: causal inside each sequence, never a T x T mask.
 
-FlashAttention's varlen kernel serves a GPU when it is installed; otherwise sequences of equal
-shape go through torch's SDPA together, each on its own L x L triangle.
+FlashAttention's varlen kernel serves a GPU when it is installed; otherwise every sequence goes
+through torch's SDPA on its own L x L triangle. Soft caps and sinks, which SDPA lacks, are written
+out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from eapo_fast.engine.attention import attention_as
+from eapo_fast.engine.attention import CallKey, attention_as
 from eapo_fast.errors import ModelError
 
 NAME = "eapo_varlen"
@@ -33,19 +34,49 @@ class PackedRow:
     """Tokens of each sequence."""
 
 
-_current: PackedRow | None = None
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A packed row, and the windows of layers that put them into their mask alone."""
+
+    row: PackedRow
+    windows: Mapping[int | None, int] = field(default_factory=dict)
+
+
+_current: _Running | None = None
 
 
 @contextmanager
-def varlen_attention(model: PreTrainedModel, row: PackedRow) -> Iterator[None]:
-    """Use varlen attention in forward and backward (checkpointed layers run again there)."""
+def varlen_attention(
+    model: PreTrainedModel, row: PackedRow, windows: Mapping[int | None, int] | None = None
+) -> Iterator[None]:
+    """Use varlen attention in forward and backward (checkpointed layers run again there).
+
+    Args:
+        model: whose attention is replaced meanwhile.
+        row: borders of the sequences.
+        windows: sliding window of each layer that the attention function is not told, by
+            `layer_idx` (`layer_windows`).
+    """
     global _current
-    outer, _current = _current, row
+    outer, _current = _current, _Running(row, windows or {})
     try:
         with attention_as(model, NAME):
             yield
     finally:
         _current = outer
+
+
+def layer_windows(windows: Mapping[CallKey, int]) -> dict[int | None, int]:
+    """Return the windows of calls as windows of layers.
+
+    Raises:
+        ModelError: a layer attends several times, with different windows.
+    """
+    found: dict[int | None, int] = {}
+    for (layer, _), window in windows.items():
+        if found.setdefault(layer, window) != window:
+            raise ModelError(f"model: layer {layer} attends with two sliding windows")
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -70,13 +101,14 @@ def _attend(
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers: q [1, H, T, D], k, v [1, Hkv, T, D] -> [1, T, H, D]."""
-    row = _current
-    if row is None:
+    if _current is None:
         raise ModelError(f"{NAME} attention was called outside of a training step")
-    if unused.get("s_aux") is not None:
-        raise ModelError("attention sinks are not supported in training")
+    row = _current.row
+    window = sliding_window or _current.windows.get(getattr(module, "layer_idx", None))
+    sinks: Tensor | None = unused.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    flash = _flash_varlen() if query.is_cuda and query.dtype != torch.float32 else None
+    fits = query.is_cuda and query.dtype != torch.float32 and sinks is None
+    flash = _flash_varlen() if fits else None
     if flash is not None:
         longest = max(row.lengths)
         out = flash(
@@ -88,13 +120,13 @@ def _attend(
             dropout_p=dropout,
             softmax_scale=scale,
             causal=True,
-            window_size=(sliding_window - 1, 0) if sliding_window else (-1, -1),
+            window_size=(window - 1, 0) if window else (-1, -1),
             softcap=softcap or 0.0,
         )
         return out.unsqueeze(0), None
     parts = [x.split(row.lengths, dim=2) for x in (query, key, value)]
     outs = [
-        _one_sequence(q, k, v, dropout, scale, sliding_window, softcap)
+        _one_sequence(q, k, v, dropout, scale, window, softcap, sinks)
         for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(outs, dim=2).transpose(1, 2), None
@@ -108,6 +140,7 @@ def _one_sequence(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Causal attention of one sequence, [1, H, L, D]."""
     length = q.shape[2]
@@ -116,7 +149,7 @@ def _one_sequence(
         offset = torch.arange(length, device=q.device)
         behind = offset[:, None] - offset[None, :]
         mask = (behind >= 0) & (behind < window)
-    if not softcap:
+    if not softcap and sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -125,8 +158,15 @@ def _one_sequence(
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scale / softcap)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    scores = q @ k.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is None:
+        weights = scores.softmax(dim=-1, dtype=torch.float32)
+    else:
+        joined = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(1, -1, length, 1)], dim=-1)
+        weights = joined.softmax(dim=-1, dtype=torch.float32)[..., :-1]
     return F.dropout(weights.to(q.dtype), dropout) @ v
 
 

@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eapo_fast.config import EAPOConfig
-from eapo_fast.experts import STATUSES, ConsultPolicy, ConsultScheduler, Expert, Recorded
+from eapo_fast.errors import ExpertError
+from eapo_fast.experts import STATUSES, ConsultPolicy, ConsultScheduler, Expert, Ledger, Recorded
+from eapo_fast.rewards.leaks import states_answer
 from eapo_fast.rollout import Rollout
+
+FAILED = frozenset({"rate", "timeout", "down"})
+"""Statuses that are the expert's failure, not the query's and not ours."""
+DISPATCHED = frozenset(STATUSES) - {"declined", "budget", "cached", "cancelled"}
+"""Statuses of consults that were meant for the expert."""
 
 _COUNTED = ("asked", "sent", "merged", "saved_by_gate", *STATUSES)
 
@@ -24,17 +31,77 @@ def consult_policy(args: EAPOConfig, total_steps: int) -> ConsultPolicy:
         total_steps=total_steps,
         gate=args.consult_gate,  # type: ignore[arg-type]
         timeout=args.expert_timeout,
+        step_timeout=args.expert_step_timeout,
+        hedge_after=args.expert_hedge_after,
+        dedup=args.expert_dedup,  # type: ignore[arg-type]
+        answers=args.expert_answers,  # type: ignore[arg-type]
         cache=args.expert_cache,
         record=args.expert_record,
     )
 
 
-def build_scheduler(expert: Expert, args: EAPOConfig, total_steps: int) -> ConsultScheduler:
-    """Return the scheduler of a run; `expert_replay` answers in the expert's place."""
+def build_scheduler(
+    expert: Expert, args: EAPOConfig, total_steps: int, ledger: Ledger
+) -> ConsultScheduler:
+    """Return a scheduler of a run; `expert_replay` answers in the expert's place.
+
+    Every scheduler of the run spends from the one `ledger`.
+    """
     asked = Recorded(args.expert_replay) if args.expert_replay else expert
-    return ConsultScheduler(
-        asked, consult_policy(args, total_steps), args.expert_budget, seed=args.seed
-    )
+    return ConsultScheduler(asked, consult_policy(args, total_steps), ledger, seed=args.seed)
+
+
+def hit_by_failure(rollouts: Sequence[Rollout], args: EAPOConfig) -> list[bool]:
+    """Return which rollouts are left out because the expert failed en masse (`expert_failure`).
+
+    Raises:
+        ExpertError: it failed and `expert_failure` is stop.
+    """
+    failed = [any(r.status in FAILED for r in rollout.consults) for rollout in rollouts]
+    sent = [r for rollout in rollouts for r in rollout.consults if r.status in DISPATCHED]
+    share = sum(r.status in FAILED for r in sent) / len(sent) if sent else 0.0
+    if args.expert_failure == "keep" or not share or share < args.expert_failure_share:
+        return [False] * len(rollouts)
+    if args.expert_failure == "stop":
+        counts = Counter(r.status for r in sent if r.status in FAILED)
+        raise ExpertError(
+            f"the expert failed on {share:.0%} of this generation's consults ({dict(counts)}); "
+            f"expert_failure is stop. Resume from the last checkpoint when it answers again"
+        )
+    if args.expert_failure == "mask":
+        return failed
+    groups = {r.group_id for r, hit in zip(rollouts, failed, strict=True) if hit}
+    return [r.group_id in groups for r in rollouts]
+
+
+def leak_flags(
+    rollouts: Sequence[Rollout], golds: Sequence[Any]
+) -> list[list[bool | None]]:
+    """Return for each consult whether its reply states the gold answer; None: there is no gold."""
+    return [
+        [None if gold is None else c.accepted and states_answer(c.text, str(gold)) for c in r.consults]
+        for r, gold in zip(rollouts, golds, strict=True)
+    ]
+
+
+def leak_metrics(
+    leaks: Sequence[Sequence[bool | None]],
+    rollouts: Sequence[Rollout],
+    accuracies: Sequence[float | None],
+) -> dict[str, float]:
+    """Return the share of accepted replies that state the answer, and accuracy with and without."""
+    flags = [
+        flag
+        for each, rollout in zip(leaks, rollouts, strict=True)
+        for flag, result in zip(each, rollout.consults, strict=True)
+        if result.accepted and flag is not None
+    ]
+    kinds: dict[str, list[float]] = {"leaked": [], "unleaked": []}
+    for each, accuracy in zip(leaks, accuracies, strict=True):
+        if accuracy is not None:
+            kinds["leaked" if any(each) else "unleaked"].append(accuracy)
+    rate = {"expert/leak_rate": sum(flags) / len(flags)} if flags else {}
+    return rate | {f"expert/accuracy_{k}": sum(v) / len(v) for k, v in kinds.items() if v}
 
 
 def turns_at(step: int, args: EAPOConfig, total_steps: int) -> int:

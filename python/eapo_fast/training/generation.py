@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from eapo_fast.engine import Sampler, SamplingParams
 from eapo_fast.experts import ConsultScheduler
 from eapo_fast.recipes import Recipe
 from eapo_fast.rollout import ConsultProtocol, Rollout, collect_rollouts
+from eapo_fast.training.consulting import hit_by_failure, leak_flags
 from eapo_fast.training.progress import Phases
 from eapo_fast.training.scoring import Score, Scorer
 
@@ -37,6 +38,8 @@ class Generation:
     """Data set row of each prompt group."""
     counters: dict[str, int]
     """What the sampler counted (`Sampler.drain_counters`)."""
+    leaks: list[list[bool | None]] = field(default_factory=list)
+    """For each consult of each rollout, whether its reply states the gold answer."""
 
     def kept(self) -> list[int]:
         """Return the indices of the rollouts that go into the update."""
@@ -89,7 +92,11 @@ def generate(
         )
     with phases.measure("reward"):
         scores = [s for index in range(len(rows)) for s in futures[index].result()]
-    valid = [_valid(r, s, args) for r, s in zip(rollouts, scores, strict=True)]
+    hit = hit_by_failure(rollouts, args)
+    valid = [
+        _valid(r, s, args) and not h for r, s, h in zip(rollouts, scores, hit, strict=True)
+    ]
+    golds = [dataset[rows[r.group_id]].get("answer") for r in rollouts]
     trained = _filtered(scores, valid, args.num_generations, recipe)
     return Generation(
         rollouts,
@@ -98,6 +105,7 @@ def generate(
         trained,
         list(rows),
         sampler.drain_counters(),
+        leak_flags(rollouts, golds),
     )
 
 

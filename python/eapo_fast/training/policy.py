@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eapo_fast.engine.inspection import base_model
+from eapo_fast.engine.support import paged_model
 from eapo_fast.errors import ModelError
-from eapo_fast.training.attention import PackedRow, varlen_attention
+from eapo_fast.training.attention import PackedRow, layer_windows, varlen_attention
 
 _TRIAL_TOKENS = 5
 
@@ -34,6 +36,7 @@ class Policy:
         config = model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(config)
+        self._windows = layer_windows(paged_model(model).windows)
         self._check_head()
 
     @property
@@ -54,7 +57,7 @@ class Policy:
 
     def attention(self, row: PackedRow) -> object:
         """Context in which forward and backward of a packed row run."""
-        return varlen_attention(self.model, row)
+        return varlen_attention(self.model, row, self._windows)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -65,7 +68,7 @@ class Policy:
             torch.tensor([0, _TRIAL_TOKENS], dtype=torch.int32, device=self.device), [_TRIAL_TOKENS]
         )
         try:
-            with varlen_attention(self.model, row):
+            with varlen_attention(self.model, row, self._windows):
                 hidden = self.hidden(ids, torch.arange(_TRIAL_TOKENS, device=self.device), row)
             expected = self.model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()
         finally:
@@ -85,8 +88,13 @@ class Policy:
 
 
 def _trunk(model: PreTrainedModel) -> torch.nn.Module:
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    """Return the model without its head."""
+    base: Any = base_model(model)
     trunk: torch.nn.Module = base.get_decoder()
+    if trunk is base:
+        trunk = getattr(base, "model", base)
+    if trunk is base:
+        raise ModelError(f"model: {type(base).__name__} has no trunk apart from its LM head")
     return trunk
 
 

@@ -15,6 +15,7 @@ from eapo_fast.evaluation import Evaluation
 from eapo_fast.reporting import LiveView, MetricsLog, plot_curves, write_report
 from eapo_fast.rollout import Rollout
 from eapo_fast.training.checkpoint import checkpoints
+from eapo_fast.training.consult_log import ConsultLog
 from eapo_fast.training.generation import Generation
 from eapo_fast.training.scoring import Score
 
@@ -48,6 +49,9 @@ class RunRecord:
         self.view = LiveView(
             trainer.state.max_steps, args.run_name or self.folder.name, quiet=args.disable_tqdm
         )
+        self.consults = ConsultLog(
+            self.folder / "consults.jsonl", args.run_name or self.folder.name, resume_step=step
+        )
         self._losses: list[float] = []
         self._tick = time.perf_counter()
 
@@ -68,6 +72,7 @@ class RunRecord:
     ) -> None:
         self.view.__exit__(kind, error, trace)
         self.metrics.close()
+        self.consults.close()
         self._trainer.scorer.close()
         if self._scheduler_scope is not None:
             self._scheduler_scope.__exit__(kind, error, trace)

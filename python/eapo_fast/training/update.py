@@ -80,6 +80,11 @@ class Updater:
             return metrics | {"loss": math.nan, "grad_norm": math.nan, "skipped": 1.0}
         return metrics | self._apply(metrics["loss"], step)
 
+    @property
+    def token_budget(self) -> int:
+        """Most tokens of a micro-batch."""
+        return self.args.micro_batch_tokens or _DEFAULT_TOKENS
+
     def _backward(
         self, rollouts: Sequence[Rollout], advantages: Sequence[float]
     ) -> dict[str, float]:
@@ -89,7 +94,7 @@ class Updater:
         for batch in micro_batches(
             rollouts,
             advantages,
-            token_budget=self.args.micro_batch_tokens or _DEFAULT_TOKENS,
+            token_budget=self.token_budget,
             device=self.policy.device,
         ):
             with self.policy.attention(batch.row):  # type: ignore[attr-defined]

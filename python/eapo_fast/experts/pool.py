@@ -1,0 +1,129 @@
+"""`Pool`: several experts or replicas behind one desk; each call goes to the least busy one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from eapo_fast.errors import ConfigError
+from eapo_fast.experts.base import ConsultRequest, Expert, ExpertFailure, ExpertReply, Usage
+from eapo_fast.experts.breaker import Breaker
+from eapo_fast.experts.calling import call_expert, worst_case
+
+FAILURES = 3
+"""Failures in a row after which a member is left alone for a while."""
+PERIOD = 10.0
+"""Seconds between single probes of such a member."""
+DEFAULT_REPLY_TOKENS = 1024
+"""Assumed cap of a member that states no worst case."""
+
+
+class _Member:
+    def __init__(self, name: str, expert: Expert) -> None:
+        self.name = name
+        self.expert = expert
+        self.outstanding = 0
+        self.answered = 0
+        self.breaker = Breaker(FAILURES, PERIOD)
+
+
+class Pool:
+    """Asks the member with the least outstanding work (ties: the one that answered least).
+
+    Members are named by the keys of a mapping, or "0", "1", ... in a sequence; the name of the one
+    that answered is in every record (`ConsultResult.trace.expert`). A member that keeps failing is
+    left out until a probe succeeds; if every one is left out, the call is `down` and unbilled.
+    Which member answers depends on the load: use equal replicas, or a recording, where runs must
+    repeat. ConfigError for an empty pool or a member that is no expert.
+    """
+
+    def __init__(self, experts: Sequence[Expert] | Mapping[str, Expert]) -> None:
+        named = experts if isinstance(experts, Mapping) else dict(enumerate(experts))
+        if not named:
+            raise ConfigError("Pool is empty; give at least one expert.")
+        for name, expert in named.items():
+            if not callable(getattr(expert, "answer", None)):
+                raise ConfigError(f"Pool member {name} is {type(expert).__name__}, no expert.")
+        self._members = [_Member(str(name), expert) for name, expert in named.items()]
+        self.max_batch_size = min(int(m.expert.max_batch_size) for m in self._members)
+        self.immediate = all(getattr(m.expert, "immediate", False) for m in self._members)
+        self.priced = all(getattr(m.expert, "priced", False) for m in self._members)
+
+    @property
+    def identity(self) -> str:
+        """Part of cache keys: the members', whatever their order."""
+        kinds = {str(getattr(m.expert, "identity", type(m.expert).__qualname__)) for m in self._members}
+        return json.dumps(["pool", *sorted(kinds)])
+
+    @property
+    def answered(self) -> dict[str, int]:
+        """Requests that each member has answered."""
+        return {member.name: member.answered for member in self._members}
+
+    def worst_case(self, request: ConsultRequest) -> Usage:
+        """Bound on one call, whoever answers it."""
+        bounds = [worst_case(m.expert, request, DEFAULT_REPLY_TOKENS) for m in self._members]
+        return Usage(
+            max(bound.prompt_tokens for bound in bounds),
+            max(bound.completion_tokens for bound in bounds),
+            max(bound.cost for bound in bounds),
+        )
+
+    async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
+        """Hand the whole batch to one member."""
+        member = self._choose()
+        if member is None:
+            reply = ExpertReply.failed("down", "every member of the pool is down", billed=False)
+            raise ExpertFailure(reply)
+        member.outstanding += len(requests)
+        ended = False
+        try:
+            replies = await call_expert(member.expert, requests)
+            ended = True
+        finally:
+            member.outstanding -= len(requests)
+            if not ended:  # cancelled: a hang looks like this, so it counts against the member
+                member.breaker.failure(time.monotonic())
+        self._judge(member, replies)
+        return [replace(reply, expert=_path(member.name, reply.expert)) for reply in replies]
+
+    def _choose(self) -> _Member | None:
+        now = time.monotonic()
+        for member in sorted(self._members, key=lambda m: (m.outstanding, m.answered)):
+            if member.breaker.allow(now):
+                return member
+        return None
+
+    @staticmethod
+    def _judge(member: _Member, replies: Sequence[ExpertReply]) -> None:
+        if all(reply.status == "down" for reply in replies):
+            member.breaker.failure(time.monotonic())
+        else:
+            member.breaker.success()
+            member.answered += len(replies)
+
+    def probe(self) -> str | None:
+        """What is wrong with the members that cannot be reached; None if all can."""
+        problems = []
+        for member in self._members:
+            check = getattr(member.expert, "probe", None)
+            problem = check() if check else None
+            if problem:
+                problems.append(f"{member.name}: {problem}")
+        return "; ".join(problems) or None
+
+    async def aclose(self) -> None:
+        """Close every member."""
+        for member in self._members:
+            goodbye = getattr(member.expert, "aclose", None)
+            if goodbye is not None:
+                await goodbye()
+
+    def __repr__(self) -> str:
+        return f"Pool({', '.join(f'{m.name}={m.expert!r}' for m in self._members)})"
+
+
+def _path(name: str, inner: str | None) -> str:
+    return name if inner is None else f"{name}/{inner}"
