@@ -174,7 +174,10 @@ def test_train_refuses_bad_overrides_in_one_line(run_file, capsys, words, messag
     ("words", "message"),
     [
         pytest.param(["--expert", "calculator"], "need --assisted", id="solo-with-expert"),
+        pytest.param(["--expert-record", "f"], "need --assisted", id="solo-with-record"),
         pytest.param(["--assisted"], "needs an expert", id="assisted-without"),
+        pytest.param(["--method", "workflow"], "needs an expert", id="workflow-without"),
+        pytest.param(["--assisted", "--expert", "local"], "model is missing", id="local-without"),
     ],
 )
 def test_eval_refuses_contradictions(capsys, words, message):
@@ -199,6 +202,49 @@ def test_eval_hands_its_options_on(module, capsys):
     assert settings["n"] == 4
     assert settings["method"] == "eapo"
     assert (settings["temperature"], settings["top_p"], settings["top_k"]) == (0.6, 0.95, 40)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (["calculator"], {"kind": "calculator"}),
+        (["openai", "--expert-url", "u", "--expert-model", "m", "--expert-key-env", "K"],
+         {"kind": "openai", "base_url": "u", "model": "m", "api_key_env": "K"}),
+        (["local", "--expert-model", "dir"], {"kind": "local", "model": "dir"}),
+        (["recorded", "--expert-replay", "f"], {"kind": "recorded", "path": "f"}),
+    ],
+    ids=["calculator", "openai", "local", "recorded"],
+)  # fmt: skip
+def test_eval_builds_the_expert_that_was_named(module, words, settings):
+    from eapo_fast.cli_evaluation import _expert
+
+    module("eapo_fast.run_config", build_expert=lambda given: given)
+    line = ["eval", "--model", "m", "--data", "d", "--assisted", "--expert", *words]
+    assert _expert(cli._parser().parse_args(line)) == settings
+
+
+def test_table_and_distill_hand_their_options_on(module, tmp_path, capsys):
+    seen = []
+
+    def write_table(folders, out):
+        seen.append((folders, out))
+        (tmp_path / "table.md").write_text("rows")
+        return tmp_path / "table.md"
+
+    def distill(model, data, out, settings, **options):
+        seen.append((model, data, out, settings["lora"], settings["max_steps"]))
+        return {"steps": 7, "loss_last": 0.25}
+
+    module("eapo_fast.evaluation.table", write_table=write_table)
+    module("eapo_fast.distillation", distill=distill, DistillSettings=dict,
+           collect_solutions=None)  # fmt: skip
+    assert cli.main(["table", "a", "b", "--out", "x"]) == 0
+    words = ["--model", "m", "--data", "d", "--out", "o", "--lora", "8", "--max-steps", "7"]
+    assert cli.main(["distill", *words]) == 0
+    assert seen == [(["a", "b"], "x"), ("m", "d", "o", 8, 7)]
+    out = capsys.readouterr().out
+    assert out.startswith("rows\nwritten: ")
+    assert "loss_last      0.2500" in out
 
 
 def test_the_options_of_eval_are_the_settings_of_an_evaluation():

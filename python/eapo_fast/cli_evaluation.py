@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from eapo_fast.cli_parts import at_least, command, openai_expert
+from eapo_fast.cli_parts import at_least, command, named_expert, openai_expert
 from eapo_fast.errors import ConfigError
 
+_EXPERTS = ("calculator", "openai", "local", "recorded")
 _METHODS = ("base", "workflow", "distillation", "self-exploratory", "eapo")
 _PASSED = (
     "method",
@@ -65,10 +66,12 @@ def _add_eval(commands: Any) -> None:
     add("--cpu", action="store_true", help="stay on the CPU even when a GPU is there")
     add("--quiet", action="store_true", help="no progress lines")
     add("--assisted", action="store_true", help="allow consults (otherwise the model works alone)")
-    add("--expert", choices=("calculator", "openai"), help="who answers when --assisted")
+    add("--expert", choices=_EXPERTS, help="who answers when --assisted")
     add("--expert-url", metavar="URL", help="chat-completions server of an openai expert")
-    add("--expert-model", metavar="NAME", help="model name at that server")
+    add("--expert-model", metavar="NAME", help="model at that server; directory of a local expert")
     add("--expert-key-env", metavar="VAR", help="environment variable with the API key")
+    add("--expert-record", metavar="FILE", help="write every reply to this file")
+    add("--expert-replay", metavar="FILE", help="answer from such a file (expert: recorded)")
     add("--expert-timeout", type=float, default=60.0, help="seconds per consult (default: 60)")
     add("--consult-prompt", metavar="TEXT", help='how to consult (default: built in; "": none)')
     add("--max-turns", type=at_least(2), default=10, help="turns when --assisted (default: 10)")
@@ -89,6 +92,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             arguments.out,
             settings,
             expert=expert,
+            expert_record=arguments.expert_record,
             restart=arguments.restart,
             use_cpu=arguments.cpu,
             progress=None if arguments.quiet else progress_line(sys.stderr),
@@ -111,19 +115,24 @@ def _plain_warnings() -> Iterator[None]:
 
 def _expert(arguments: argparse.Namespace) -> Any:
     """The expert of an assisted evaluation, None for a solo one."""
-    named = arguments.expert or arguments.expert_url
-    assisted = arguments.assisted or arguments.method == "workflow"
-    if not assisted:
-        if named:
-            raise ConfigError("--expert and --expert-url need --assisted: solo means no consults")
+    by_option = "openai" if arguments.expert_url else None
+    by_option = by_option or ("recorded" if arguments.expert_replay else None)
+    kind = arguments.expert or by_option
+    if not (arguments.assisted or arguments.method == "workflow"):
+        if kind or arguments.expert_record:
+            raise ConfigError("--expert and its options need --assisted: solo means no consults")
         return None
-    if not named:
-        raise ConfigError("--assisted needs an expert: --expert calculator or --expert-url URL")
-    if arguments.expert == "calculator":
-        from eapo_fast.run_config import build_expert
-
-        return build_expert({"kind": "calculator"})
-    return openai_expert(arguments)
+    if kind is None:
+        raise ConfigError(
+            f"--assisted needs an expert: --expert {'|'.join(_EXPERTS)}, or --expert-url URL"
+        )
+    if kind == "openai":
+        return openai_expert(arguments)
+    if kind == "local":
+        return named_expert(kind, model=arguments.expert_model)
+    if kind == "recorded":
+        return named_expert(kind, path=arguments.expert_replay)
+    return named_expert(kind)
 
 
 def _add_table(commands: Any) -> None:
@@ -158,10 +167,15 @@ def _add_distill(commands: Any) -> None:
         "--data",
         required=True,
         metavar="FILE.jsonl",
-        help="problems with a solution column, or the folder of an expert's evaluation, whose "
-        "correct samples are the solutions",
+        help="problems with a solution column (with --expert: with answers), or the folder of an "
+        "expert's evaluation, whose correct samples are the solutions",
     )
     add("--out", required=True, metavar="DIR", help="checkpoints, metrics and final/ go here")
+    add("--expert", choices=("openai", "local"), help="ask it for the solutions first")
+    add("--expert-url", metavar="URL", help="chat-completions server of an openai expert")
+    add("--expert-model", metavar="NAME", help="model at that server; directory of a local expert")
+    add("--expert-key-env", metavar="VAR", help="environment variable with the API key")
+    add("--samples", type=at_least(1), default=1, help="solutions asked per problem (default: 1)")
     add("--epochs", type=float, default=3.0, help="passes over the solutions (default: 3)")
     add("--max-steps", type=at_least(1), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=at_least(1), default=32, help="solutions per step (default: 32)")
@@ -177,21 +191,44 @@ def _add_distill(commands: Any) -> None:
 
 
 def _distill(arguments: argparse.Namespace) -> int:
-    from eapo_fast.distillation import DistillSettings, distill
+    expert = _solving_expert(arguments)
+    from eapo_fast.distillation import DistillSettings, collect_solutions, distill
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
     names = ("epochs", "max_steps", "batch_size", "learning_rate", "lora", "max_length")
     more = ("save_steps", "seed", "system_prompt")
     settings = DistillSettings(**{name: getattr(arguments, name) for name in (*names, *more)})
+    data = arguments.data
     with _plain_warnings():
+        if expert is not None:
+            data = collect_solutions(
+                data, expert, arguments.out, samples=arguments.samples, progress=tell
+            )
         summary = distill(
             arguments.model,
-            arguments.data,
+            data,
             arguments.out,
             settings,
             restart=arguments.restart,
             use_cpu=arguments.cpu,
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
+            progress=tell,
         )
     for name, value in summary.items():
         print(f"{name:<14} {value:.4f}" if isinstance(value, float) else f"{name:<14} {value}")
     return 0
+
+
+def _solving_expert(arguments: argparse.Namespace) -> Any:
+    """The expert that is asked for whole solutions; None: the data holds them."""
+    kind = arguments.expert or ("openai" if arguments.expert_url else None)
+    if kind is None:
+        return None
+    from eapo_fast.distillation.collect import MAX_REPLY_TOKENS, SYSTEM
+
+    asked = {"system": SYSTEM, "prompt": "{query}", "max_reply_tokens": MAX_REPLY_TOKENS}
+    if kind == "local":
+        return named_expert(kind, model=arguments.expert_model, **asked)
+    temperature = 0.6 if arguments.samples > 1 else None
+    return openai_expert(arguments, temperature=temperature, **asked)

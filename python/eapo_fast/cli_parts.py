@@ -27,14 +27,23 @@ def at_least(least: int) -> Any:
     return whole
 
 
-def openai_expert(arguments: argparse.Namespace) -> Any:
-    """Return the expert behind --expert-url, --expert-model and --expert-key-env."""
+def openai_expert(arguments: argparse.Namespace, **more: Any) -> Any:
+    """Return the expert behind --expert-url, --expert-model and --expert-key-env.
+
+    `more` are further settings of `experts.OpenAICompatible`; None is left out.
+    """
+    return named_expert(
+        "openai",
+        base_url=arguments.expert_url,
+        model=arguments.expert_model,
+        api_key_env=arguments.expert_key_env,
+        **more,
+    )
+
+
+def named_expert(kind: str, **settings: Any) -> Any:
+    """Return an expert of a kind that run files know; settings of None are left out."""
     from eapo_fast.run_config import build_expert
 
-    settings = {
-        "base_url": arguments.expert_url,
-        "model": arguments.expert_model,
-        "api_key_env": arguments.expert_key_env,
-    }
     given = {name: value for name, value in settings.items() if value is not None}
-    return build_expert({"kind": "openai"} | given)
+    return build_expert({"kind": kind} | given)

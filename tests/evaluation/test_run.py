@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from eapo_fast.errors import ConfigError, DataError
 from eapo_fast.evaluation import EvalSettings, evaluate_model
 from eapo_fast.evaluation.store import PROBLEMS, read_lines, read_result
 from eapo_fast.evaluation.table import write_table
-from eapo_fast.experts import Calculator, ConsultRequest, Function
+from eapo_fast.experts import Calculator, ConsultRequest, Function, Recorded
 from eapo_fast.rewards import verify
 
 Quick = Callable[..., EvalSettings]
@@ -100,16 +101,17 @@ def test_a_killed_command_goes_on_to_the_same_bytes(
             "--n", "2", "--chunk", "1", "--max-tokens", "60", "--temperature", "1", "--cpu",
         ]  # fmt: skip
 
-    code = f"from eapo_fast.cli import main; main({words('cut')!r})"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stderr is not None
-        first = next(line for line in process.stderr if "/10 problems" in line)
-        process.kill()
-    assert first.startswith("1/10 problems  mean@2")
-    kept = read_lines(tmp_path / "cut" / PROBLEMS)
-    assert 1 <= len(kept) < 10
+    code = (
+        "import os, signal\n"
+        "from eapo_fast.cli import main\n"
+        "from eapo_fast.evaluation import report\n"
+        "def killing(file): return lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "report.progress_line = killing\n"
+        f"main({words('cut')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(read_lines(tmp_path / "cut" / PROBLEMS)) == 1
     assert main(words("cut")) == main(words("whole")) == 0
     texts = [(tmp_path / f / PROBLEMS).read_bytes() for f in ("whole", "cut")]
     assert texts[0] == texts[1]
@@ -133,6 +135,21 @@ def test_a_torn_chunk_is_sampled_again(
     assert firsts == [0, 3, 6, 9]
     assert path.read_bytes() == text
     assert again["results"] == whole["results"]
+
+
+@pytest.mark.parametrize("assisted", [False, True], ids=["solo", "assisted"])
+def test_chunks_and_other_problems_do_not_change_a_sample(
+    policy: str, problems: Path, tmp_path: Path, quick: Quick, assisted: bool
+) -> None:
+    """Draws are keyed by problem and sample: only rounding could tell batches apart."""
+    found = []
+    for name, changes in (("a", {}), ("b", {"chunk": 10}), ("c", {"chunk": 4, "limit": 7})):
+        expert = Calculator() if assisted else None
+        evaluate_model(policy, problems, tmp_path / name, quick(**changes), expert=expert)
+        found.append([r["texts"] for r in read_lines(tmp_path / name / PROBLEMS)])
+    assert found[0] == found[1]
+    assert found[0][:7] == found[2]
+    assert len({tuple(texts) for texts in found[0]}) == 10
 
 
 def test_a_finished_evaluation_is_not_sampled_again(
@@ -238,6 +255,19 @@ def test_the_expert_reads_the_problem(
     prompts = [json.loads(line)["prompt"] for line in problems.read_text().splitlines()]
     assert seen
     assert all(request.problem == prompts[request.prompt] for request in seen)
+
+
+def test_recorded_replies_give_the_same_evaluation(
+    policy: str, problems: Path, tmp_path: Path, quick: Quick
+) -> None:
+    record = tmp_path / "consults.jsonl"
+    answered = Function(lambda request: str(len(request.query)), identity="lengths", immediate=True)
+    first = evaluate_model(
+        policy, problems, tmp_path / "a", quick(), expert=answered, expert_record=record
+    )
+    again = evaluate_model(policy, problems, tmp_path / "b", quick(), expert=Recorded(record))
+    assert again["results"] == first["results"]
+    assert again["results"]["consults"]["accepted_per_sample"] > 0
 
 
 def test_an_expert_that_cannot_be_reached_ends_it_before_sampling(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from eapo_fast.demo import POLICY
@@ -69,9 +68,10 @@ def test_rewards_without_gold_answers_are_averaged(tmp_path: Path) -> None:
     )
 
     def short(completions: list[str], **_: Any) -> list[float]:
-        return [1.0 / (1 + len(c)) for c in completions]
+        return [-float(len(c)) for c in completions]
 
     metrics = Trainer(str(POLICY), short, config, None, rows).evaluate()
     assert metrics["eval_solo_accuracy"] == pytest.approx(metrics["eval_solo_reward"])
     assert "eval_solo_any_at_n" not in metrics
-    assert np.isfinite(metrics["eval_solo_accuracy_low"])
+    low, high = (metrics[f"eval_solo_accuracy_{end}"] for end in ("low", "high"))
+    assert low < metrics["eval_solo_accuracy"] < high < 0.0

@@ -6,7 +6,15 @@ loss runs over solution tokens only.
 
 from __future__ import annotations
 
+from eapo_fast.distillation.collect import collect_solutions
 from eapo_fast.distillation.run import DistillSettings, distill
 from eapo_fast.distillation.solutions import Solution, load_solutions, prepare
 
-__all__ = ["DistillSettings", "Solution", "distill", "load_solutions", "prepare"]
+__all__ = [
+    "DistillSettings",
+    "Solution",
+    "collect_solutions",
+    "distill",
+    "load_solutions",
+    "prepare",
+]

@@ -56,7 +56,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, whole or not at all."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    _replace(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a JSONL file, whole or not at all."""
+    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Put a file in place when its bytes are on disk; lone surrogates stay escaped."""
     scratch = path.with_name(f".{path.name}.partial")
     with scratch.open("wb") as file:
         file.write(text.encode(errors="backslashreplace"))

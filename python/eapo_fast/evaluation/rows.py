@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eapo_fast.engine import Sampler, SamplingParams
-from eapo_fast.evaluation.bootstrap import share_interval
+from eapo_fast.evaluation.bootstrap import intervals, share_interval
 from eapo_fast.evaluation.estimators import any_at_k, majority, mean_at_n, variance
 from eapo_fast.evaluation.voting import answer_classes
 from eapo_fast.experts import ConsultScheduler
@@ -49,8 +49,8 @@ class Evaluation:
     def metrics(self, kind: str) -> dict[str, float]:
         """Return `eval_<kind>_*`: accuracy with its 95 % interval over problems, lengths.
 
-        The interval is Wilson's for one sample per problem, else the bootstrap's. With several
-        graded samples there are also `any_at_n`, `maj_at_n` and `var`.
+        The interval is Wilson's for one graded sample per problem, else the bootstrap's. With
+        several graded samples there are also `any_at_n`, `maj_at_n` and `var`.
         """
         low, high = self._interval()
         lengths = [r.num_policy_tokens for r in self.rollouts]
@@ -68,7 +68,10 @@ class Evaluation:
         return {f"eval_{kind}_{name}": value for name, value in metrics.items()}
 
     def _interval(self) -> tuple[float, float]:
-        if self.samples == 1 or not self._graded():
+        if not self._graded():
+            low, high = intervals(self.values.mean(axis=1))[0]
+            return float(low), float(high)
+        if self.samples == 1:
             return wilson(self.accuracy * self.problems, self.problems)
         return share_interval(mean_at_n(self.values))
 

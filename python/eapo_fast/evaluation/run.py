@@ -45,6 +45,7 @@ def evaluate_model(
     *,
     expert: Expert | None = None,
     protocol: ConsultProtocol | None = None,
+    expert_record: str | Path | None = None,
     processing_class: Any | None = None,
     restart: bool = False,
     use_cpu: bool = False,
@@ -70,6 +71,7 @@ def evaluate_model(
         settings: None: the paper's protocol.
         expert: answers every consult.
         protocol: how consults are written; its limits come from `settings`.
+        expert_record: file that every reply is written to; `experts.Recorded` answers from it.
         processing_class: tokenizer; None: the one beside the model.
         restart: set an earlier evaluation in `out` aside and begin anew.
         use_cpu: stay on the CPU even when a GPU is there.
@@ -86,6 +88,7 @@ def evaluate_model(
     check_mode(settings, assisted=expert is not None)
     rows = _problems(data, settings.limit)
     run = _Run(model, rows, settings, expert, protocol, processing_class, use_cpu)
+    run.expert_record = expert_record
     folder = Path(out) if out else default_folder(model, data, settings, expert is not None)
     with Store(folder, run.identity(), settings.problems_at_once, restart=restart) as store:
         run.sample(store, progress)
@@ -153,6 +156,7 @@ class _Run:
         use_cpu: bool,
     ) -> None:
         self.settings, self.rows, self.expert = settings, rows, expert
+        self.expert_record: str | Path | None = None
         plain = EAPOConfig(use_cpu=use_cpu)
         self.model = load_model(model, plain)
         self.args = for_device(plain, self.model.device)
@@ -242,14 +246,16 @@ class _Run:
                 scheduler=scheduler,
                 step=0,
                 prompt_ids=range(first, stop),
-                problems=[_text(row["prompt"]) for row in self.rows[first:stop]],
+                problems=[problem_text(row["prompt"]) for row in self.rows[first:stop]],
                 on_group=grade,
             )
         seconds = time.perf_counter() - started
         return _Chunk(first, [futures[i] for i in range(first, stop)], rollouts, seconds)
 
     def _scheduler(self, expert: Expert) -> ConsultScheduler:
-        policy = ConsultPolicy(schedule="constant", timeout=self.settings.expert_timeout)
+        policy = ConsultPolicy(
+            schedule="constant", timeout=self.settings.expert_timeout, record=self.expert_record
+        )
         scheduler = ConsultScheduler(expert, policy, seed=self.settings.seed)
         problem = scheduler.probe()
         if problem is not None:
@@ -266,7 +272,7 @@ class _Run:
         return "\n\n".join(part for part in (settings.system_prompt, text) if part) or None
 
 
-def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+def problem_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """Return what the expert reads as the problem."""
     if isinstance(prompt, str):
         return prompt
