@@ -110,12 +110,18 @@ class CpuHead:
         if self.chunk_size is not None:
             return self.chunk_size
         if not keep:
-            return BLOCK_ROWS
+            return self._block_rows
         size, tile = self.products.storage.itemsize, min(TILE, self.vocab)
-        scratch = 0 if self.products.in_place else size * BLOCK_ROWS * tile
-        roomy = (SLAB_BYTES - scratch) // (size * self.vocab)
-        least = min(BLOCK_ROWS, MOST_SLAB_BYTES // (size * self.vocab))
-        return max(1, least, roomy)
+        fixed, row = 0, size * self.vocab
+        if not self.products.in_place:  # logits of a block, and a transposed copy of a tile
+            fixed, row = size * self._block_rows * tile, row + size * tile
+        least = min(self._block_rows, MOST_SLAB_BYTES // (size * self.vocab))
+        return max(1, least, (SLAB_BYTES - fixed) // row)
+
+    @property
+    def _block_rows(self) -> int:
+        """Rows of logits that exist at once; fewer where a product makes its own tensor."""
+        return BLOCK_ROWS if self.products.in_place else BLOCK_ROWS // 2
 
     def read(self, start: int, stop: int, *, keep: bool, powers: bool = False) -> None:
         """Compute the statistics of rows start ... stop; `push` needs `keep`."""
@@ -125,17 +131,15 @@ class CpuHead:
                 Exponentials(room, self._references(room), columns)
                 for columns, room in self._tiles(stop - start, keep=True)
             ]
-        for first, last in spans(stop - start, BLOCK_ROWS, even=self.chunk_size is None):
+        for first, last in spans(stop - start, self._block_rows, even=self.chunk_size is None):
             block = self._block(slice(start + first, start + last))
             if keep:
                 for left in self._kept:
                     out = left.tile[first:last], left.references[first:last]
-                    logits = self._logits(block, left.columns, out[0])
-                    self._absorb(block, logits, left.columns, block.state, powers, out)
+                    self._take(block, left.columns, out[0], powers, out)
             else:
                 for columns, room in self._tiles(len(block), keep=False):
-                    logits = self._logits(block, columns, room)
-                    self._absorb(block, logits, columns, block.state, powers, (None, None))
+                    self._take(block, columns, room, powers, (None, None))
         top, mass, moment, target, *_ = self.state[start:stop].unbind(1)
         log_mass = mass.log()
         self.logprob[start:stop] = target - top - log_mass
@@ -218,6 +222,18 @@ class CpuHead:
 
     def _logits(self, block: Block, columns: slice, out: Tensor) -> Tensor:
         return self.products.logits(block.hidden, self.weight[columns], block.centres, out)
+
+    def _take(
+        self,
+        block: Block,
+        columns: slice,
+        room: Tensor,
+        powers: bool,
+        out: tuple[Tensor | None, Tensor | None],
+    ) -> None:
+        """Make the logits of a tile and absorb them: at most one such tensor is alive."""
+        logits = self._logits(block, columns, room)
+        self._absorb(block, logits, columns, block.state, powers, out)
 
     def _absorb(
         self,
