@@ -12,14 +12,24 @@ from eapo_fast.kernels.backend import Refusal, choose_backend
 from eapo_fast.kernels.checks import FLOATS, INTEGERS, check_tensor
 from eapo_fast.kernels.linear_token_stats.finite import NonFiniteError
 from eapo_fast.kernels.linear_token_stats.operator import token_stats
-from eapo_fast.kernels.native import cpu_refusal
+from eapo_fast.kernels.native import GPU_STORAGE, cpu_refusal, triton_refusal
 
-__all__ = ["EXTRAS", "REFUSALS", "NonFiniteError", "TokenStats", "check_head", "linear_token_stats"]
+__all__ = [
+    "EXTRAS",
+    "ON_REQUEST",
+    "REFUSALS",
+    "NonFiniteError",
+    "TokenStats",
+    "check_head",
+    "linear_token_stats",
+]
 
 EXTRAS = ("max_logprob", "sum_p2", "sum_p3")
 """Statistics on request, not differentiable: ln of the largest p, sum of p^2, sum of p^3."""
 REFUSALS: dict[str, Refusal] = {"cpu": cpu_refusal}
 """The backends of an LM head, and why one cannot run on given hidden states."""
+ON_REQUEST: dict[str, Refusal] = {"triton": lambda x: triton_refusal(x, GPU_STORAGE)}
+"""Those that run when they are named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -65,7 +75,7 @@ def linear_token_stats(
         banned: (rows, ids), [B] integers each: entries with probability 0.
         extras: further statistics, of "max_logprob" (of the likeliest token), "sum_p2", "sum_p3".
         chunk_size: rows a chunk; None: as many as are fast and cost little memory.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "reference", or "triton" (when it is named).
 
     bfloat16 on "cpu": the logits of a row are rounded relative to that of its target, so that
     log-probabilities err by at most 2**-8 (H - ln p(target)); "reference" widens everything.
@@ -80,7 +90,7 @@ def linear_token_stats(
             raise ValueError(
                 f"extras: got {extra!r}, allowed are {allowed}.{suggest(str(extra), EXTRAS)}"
             )
-    chosen = choose_backend("linear_token_stats", backend, REFUSALS, hidden)
+    chosen = choose_backend("linear_token_stats", backend, REFUSALS, hidden, on_request=ON_REQUEST)
     rows, ids = (None, None) if banned is None else banned
     logprob, entropy, further, _ = token_stats(
         hidden,

@@ -23,8 +23,21 @@ HEADS: dict[str, type[CpuHead] | type[reference.TorchHead]] = {
     "cpu": CpuHead,
     "reference": reference.TorchHead,
 }
-"""The backends."""
-_STATES = {"cpu": (_core.LOSS_STATE, torch.float64), "reference": (reference.STATE, None)}
+"""The backends that are always there."""
+_STATES = {
+    "cpu": (_core.LOSS_STATE, torch.float64),
+    "reference": (reference.STATE, None),
+    "triton": (5, torch.float32),
+}
+
+
+def head_of(backend: str) -> Any:
+    """Return the class of heads of a backend."""
+    if backend != "triton":
+        return HEADS[backend]
+    from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
+
+    return TritonHead
 
 
 @torch.library.custom_op("eapo_fast::linear_token_stats", mutates_args=())
@@ -44,7 +57,7 @@ def token_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return logprob [N], entropy [N], extras [E, N] and the state that the way back needs."""
     check_values(targets, vocab_size, banned_rows, banned_ids, len(hidden))
-    head = HEADS[backend](
+    head = head_of(backend)(
         hidden,
         weight,
         targets.long(),
@@ -101,7 +114,7 @@ def token_stats_backward(
 
     a and b [N] are those of the loss in logprob and entropy; None: 0.
     """
-    head = HEADS[backend](
+    head = head_of(backend)(
         hidden,
         weight,
         targets.long(),

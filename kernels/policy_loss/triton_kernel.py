@@ -180,7 +180,7 @@ def evaluate(  # type: ignore[no-untyped-def]
             own_entropy = tl.load(entropy + at, mask=live, other=0.0)
             entropies += own_entropy
         loss, slope, direct, kl, low, high, dual = token_terms(
-            l, ratio, moves, own, own_factor, excess, own_entropy, least, most, delta, beta,
+            now, ratio, moves, own, own_factor, excess, own_entropy, least, most, delta, beta,
             entropy_coef, SURROGATE, KL, FACTOR, REFERENCE, BETA, BONUS,
         )  # fmt: skip
         if GEO:
@@ -289,6 +289,7 @@ def policy_loss(
             ENTROPY=entropy is not None,
             BLOCK=BLOCK,
             SUMS=SUMS,
+            num_warps=8,
         )
     total = torch.cat([sums[:, :8].double().sum(0), _largest(sums[:, 8:]), counts[:1]])
     names = metric_names(recipe, batch.ref_logprob is not None, entropy is not None)
@@ -321,17 +322,26 @@ def bounds_of(recipe: Recipe) -> tuple[float, float, float]:
 def counts_of(batch: PolicyBatch, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:
     """Return tokens and sequences of the whole batch [2], at least 1, without waiting."""
     given = (batch.num_tokens, batch.num_sequences)
-    device, sequences = cu_seqlens.device, len(cu_seqlens) - 1
-    live = cu_seqlens.diff().float()
-    if mask is not None and any(x is None for x in given) and sequences:
-        launch: Any = count_live[(sequences,)]
-        launch(mask, cu_seqlens, live, BLOCK=BLOCK)
+    device = cu_seqlens.device
+    if mask is not None and any(x is None for x in given):
+        live = live_of(mask, cu_seqlens)
+    else:
+        live = cu_seqlens.diff().float()
     found = [
         here() if x is None else torch.full((), float(x), device=device)
         if not isinstance(x, Tensor) else x.to(device, torch.float32)
         for x, here in zip(given, (live.sum, (live > 0).float().sum), strict=True)
     ]  # fmt: skip
     return torch.stack(found).clamp_(min=1)
+
+
+def live_of(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return the masked-in tokens of each sequence [S] float32."""
+    live = cu_seqlens.diff().float()
+    if len(live):
+        launch: Any = count_live[(len(live),)]
+        launch(mask, cu_seqlens, live, BLOCK=BLOCK)
+    return live
 
 
 def _largest(values: Tensor) -> Tensor:
