@@ -27,6 +27,7 @@ from eapo_fast.kernels.linear_token_stats.reference import TorchHead
 from eapo_fast.kernels.policy_loss import reference as losses
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch, check_batch
 from eapo_fast.kernels.policy_loss.rows import Rows, trained_rows
+from eapo_fast.kernels.truncated_entropy.reference import Cut
 from eapo_fast.recipes import Recipe
 
 
@@ -270,8 +271,8 @@ def _prepare(head: CpuHead | TorchHead, rows: Rows, recipe: Recipe) -> None:
     """Tell the head what it can know beforehand."""
     if isinstance(head, CpuHead):
         head.guess = rows.old_logprob
-    elif recipe.entropy_target is not None:
-        head.truncation = (recipe.entropy_target.top_p, recipe.entropy_target.top_k)
+    if recipe.entropy_target is not None:
+        head.truncation = Cut(recipe.entropy_target.top_p, recipe.entropy_target.top_k)
 
 
 def _banned_of(rows: Rows, banned: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

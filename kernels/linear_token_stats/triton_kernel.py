@@ -7,6 +7,7 @@ alone. Once compiled for a head, no length compiles anything again.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from eapo_fast.kernels.linear_token_stats import triton_products as products
 from eapo_fast.kernels.linear_token_stats.coefficients import Coefficients
 from eapo_fast.kernels.linear_token_stats.triton_rows import STATE, run_rows
+from eapo_fast.kernels.truncated_entropy.reference import Cut
 
 SLAB_BYTES = 5 << 29
 """Memory of a slab of logits: 4096 rows of 152k columns; the larger, the fewer sums of the weight's
@@ -78,6 +80,8 @@ class TritonHead:
         self.of_weight = _zeros(wanted[1], weight)
         self.of_bias = None if bias is None else _zeros(wanted[2], bias)
         self._slab: Tensor | None = None
+        self.truncation: Cut | None = None
+        """If set: a min_p cut, whose mass and entropy `extra` then has."""
 
     def slab_rows(self, *, keep: bool) -> int:
         """Return how many rows of logits are made at once."""
@@ -160,10 +164,15 @@ class TritonHead:
 
     def extra(self, name: str) -> Tensor:
         """Return a further statistic [n] of rows read with `powers`."""
-        _, mass, _, mass2, mass3 = self.state.unbind(1)
-        if name == "max_logprob":
-            return -mass.log()
-        return mass2 / mass**2 if name == "sum_p2" else mass3 / mass**3
+        _, mass, _, mass2, mass3, kept, moment = self.state.unbind(1)
+        return {
+            "max_logprob": -mass.log(),
+            "p_max": 1 / mass,
+            "sum_p2": mass2 / mass**2,
+            "sum_p3": mass3 / mass**3,
+            "kept_mass": kept / mass,
+            "truncated_entropy": kept.log() - moment / kept,
+        }[name]
 
     def close(self) -> None:
         """Give memory back; the head is of no use afterwards."""
@@ -189,6 +198,7 @@ class TritonHead:
         program = dict(program or NO_PROGRAM)
         vectors = [program.pop(name, self.a) for name in VECTORS]
         numbers = [program.pop(name, 0.0) for name in NUMBERS]
+        least = self.truncation.min_p if self.truncation else None
         starts, ids = self.bans or (self.rows, self.rows)
         block = min(MOST_BLOCK, triton.next_power_of_2(self.vocab))
         launch: Any = run_rows[(stop - start,)]
@@ -212,10 +222,12 @@ class TritonHead:
             1.0 / self.temperature,
             self.softcap or 0.0,
             *numbers,
+            math.log(least) if least else -math.inf,
             BIAS=self.bias is not None,
             CAP=self.softcap is not None,
             BANS=self.bans is not None,
             STATE=STATE,
+            CUT=self.truncation is not None,
             BLOCK=block,
             num_warps=8 if block >= 2048 else 4,
             **program,

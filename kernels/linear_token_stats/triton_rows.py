@@ -13,8 +13,9 @@ import triton.language as tl
 from eapo_fast.kernels.policy_loss.triton_program import ratio_terms, token_terms
 
 LOG2E = tl.constexpr(1.4426950408889634)
-STATE = 5
-"""Numbers that are kept of a row: max, mass, moment, and sums of the weights squared and cubed."""
+STATE = 7
+"""Numbers that are kept of a row: max, mass, moment, sums of the weights squared and cubed, and
+mass and moment of the tokens within `reach` of the largest."""
 
 
 @triton.jit
@@ -81,6 +82,7 @@ def run_rows(  # type: ignore[no-untyped-def]
     delta,
     beta,
     entropy_coef,
+    reach,  # ln of the least share of the largest p that is kept
     STATISTICS: tl.constexpr,  # whether to make them; else they are in `state`
     PROGRAM: tl.constexpr,  # whether to make a and b
     GRADIENT: tl.constexpr,  # whether to make the gradient
@@ -88,6 +90,7 @@ def run_rows(  # type: ignore[no-untyped-def]
     CAP: tl.constexpr,
     BANS: tl.constexpr,
     POWERS: tl.constexpr,
+    CUT: tl.constexpr,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -142,6 +145,21 @@ def run_rows(  # type: ignore[no-untyped-def]
         if POWERS:
             tl.store(own + 3, mass2)
             tl.store(own + 4, mass3)
+        if CUT:
+            kept = 0.0
+            kept_moment = 0.0
+            for start in range(0, vocab, BLOCK):
+                column = start + lane
+                there = column < vocab
+                x = tl.load(row + column, mask=there, other=0.0)
+                y = _scaled(x, bias, column, there, inverse, cap, BIAS, CAP)
+                distance = tl.where(y == float("-inf"), 0.0, y - top)
+                inside = (y > float("-inf")) & (distance >= reach)
+                weight = tl.where(inside, tl.exp2(distance * LOG2E), 0.0)
+                kept += tl.sum(weight, 0)
+                kept_moment += tl.sum(tl.where(inside, weight * distance, 0.0), 0)
+            tl.store(own + 5, kept)
+            tl.store(own + 6, kept_moment)
     else:
         top = tl.load(own)
         mass = tl.load(own + 1)

@@ -23,7 +23,7 @@ from eapo_fast.kernels.policy_loss.triton_math import filled
 from eapo_fast.kernels.policy_loss.triton_program import ratio_terms, token_terms
 from eapo_fast.recipes import Recipe
 
-BLOCK = 1024
+BLOCK = 512
 SUMS = 10
 """Sums that a program leaves; the last two are largest values."""
 SURROGATES = {"clip": 0, "detached_clip": 1, "none": 2, "reinforce": 3, "geo_mean": 2}

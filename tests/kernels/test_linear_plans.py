@@ -144,6 +144,35 @@ def test_micro_batches_and_chunks_add_up(name: str, dtype: torch.dtype) -> None:
             assert (a - b.float()).norm() <= room * b.float().norm()
 
 
+@pytest.mark.parametrize("plan", ["slab", "prepass"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
+def test_the_third_coefficient(plan: str, softcap: float | None, entropy_coef: float) -> None:
+    """SIREN on the CPU against float64, with banned entries, ties and a temperature."""
+    hidden, weight, targets, batch = problem()
+    weight[100] = weight[200]
+    recipe = recipes.get("siren").replace(max_length=50, entropy_coef=entropy_coef)
+    assert recipe.entropy_target is not None
+    target = recipe.entropy_target.replace(coef=0.7, top_k=60, quantile=0.4)
+    recipe = recipe.replace(entropy_target=target)
+    batch = replace(batch, stats={"anchor": torch.tensor(0.5)})
+    rows = torch.arange(CU[-1])
+    settings: dict[str, Any] = {
+        "plan": plan, "softcap": softcap, "temperature": 0.8,
+        "banned": (rows, (targets + 1 + rows) % VOCAB),
+    }  # fmt: skip
+    got = run((hidden, weight, targets, batch), recipe, backend="cpu", chunk_size=33, **settings)
+    double = replace(batch, stats={"anchor": torch.tensor(0.5, dtype=torch.float64)})
+    wide = (hidden.double(), weight.double(), targets, double)
+    want = run(wide, recipe, backend="reference", **settings)
+    assert got[0].c is not None
+    assert got[0].c.any()
+    torch.testing.assert_close(got[0].c.double(), want[0].c, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(got[0].loss.double(), want[0].loss, rtol=2e-5, atol=2e-6)
+    for a, b in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=5e-5 * float(b.abs().max()))
+
+
 @pytest.fixture
 def product_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Rows of every block of logit gradients that goes into the products."""

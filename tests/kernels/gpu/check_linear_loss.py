@@ -126,11 +126,15 @@ def test_settings(settings: dict[str, Any], device: torch.device) -> None:
 
 
 def test_extras(device: torch.device) -> None:
-    inputs, names = head(9, 5000), ("sum_p3", "max_logprob", "sum_p2")
-    got, _ = statistics(inputs, device, extras=names)
-    want, _ = statistics(inputs, None, extras=names)
-    for name in names:
-        assert_close(got.extras[name], want.extras[name], torch.float32)
+    inputs = head(9, 5000)
+    names = ("sum_p3", "max_logprob", "sum_p2", "p_max", "truncated_entropy", "kept_mass")
+    banned = torch.arange(9), torch.arange(9)
+    for min_p in (0.0, 0.02, 0.4, 1.0):
+        settings = {"extras": names, "min_p": min_p, "banned": banned, "softcap": 8.0}
+        got, _ = statistics(inputs, device, **settings)
+        want, _ = statistics(inputs, None, **settings)
+        for name in names:
+            assert_close(got.extras[name], want.extras[name], torch.float32)
 
 
 def test_extreme_logits(device: torch.device) -> None:
