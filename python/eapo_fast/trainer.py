@@ -332,6 +332,8 @@ class Trainer:
             step=step,
             phases=self.phases,
         )
+        with self.phases.measure("update"):
+            self.updater.observe([generation.rollouts[i] for i in generation.kept()])
         shared = self._generation_metrics(generation, step, max_turns)
         shares = np.array_split(generation.kept(), self._slices())
         cycle = self.args.steps_per_cycle
@@ -461,6 +463,7 @@ class Trainer:
             "trainer": dataclasses.asdict(self.state),
             "tokens": self._tokens,
             "prompt_sampler": self.prompt_sampler.state_dict(),
+            "token_statistics": self.updater.statistics.state_dict(),
             "consults": self.scheduler.state_dict() if self.scheduler else None,
             "consult_counts": dict(self.counts.totals),
             "means": self._means.state_dict(),
@@ -481,6 +484,7 @@ class Trainer:
         self.state.max_steps = total
         self._tokens = saved["tokens"]
         self.prompt_sampler.load_state_dict(saved["prompt_sampler"])
+        self.updater.statistics.load_state_dict(saved["token_statistics"])
         self.counts.totals = Counter(saved["consult_counts"])
         self._means.load_state_dict(saved["means"])
         self.phases.total.update(saved["seconds"])
