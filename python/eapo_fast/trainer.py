@@ -332,10 +332,11 @@ class Trainer:
             step=step,
             phases=self.phases,
         )
+        kept = generation.kept()
         with self.phases.measure("update"):
-            self.updater.observe([generation.rollouts[i] for i in generation.kept()])
+            self.updater.observe([generation.rollouts[i] for i in kept])
         shared = self._generation_metrics(generation, step, max_turns)
-        shares = np.array_split(generation.kept(), self._slices())
+        shares = np.array_split(kept, self._slices())
         cycle = self.args.steps_per_cycle
         for index in range(cycle):
             if index:

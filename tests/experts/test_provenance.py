@@ -74,7 +74,8 @@ class Run:
         seen = self.generations
 
         def kept(generation: Generation) -> list[int]:
-            seen.append(generation)
+            if not any(known is generation for known in seen):
+                seen.append(generation)
             return whole(generation)
 
         with pytest.MonkeyPatch.context() as patch:

@@ -187,7 +187,9 @@ def test_eval_command(
     bpe_tokenizer: Any,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "model"
     make_model().save_pretrained(folder)
     bpe_tokenizer.save_pretrained(folder)
