@@ -10,7 +10,7 @@ import pytest
 from eapo_fast import cli
 from eapo_fast.errors import ConfigError
 
-COMMANDS = ["demo", "train", "eval", "table", "distill", "rollouts", "info", "compare"]
+COMMANDS = ["demo", "train", "eval", "table", "distill", "rollouts", "consults", "info", "compare"]
 HEAVY = ("torch", "transformers", "matplotlib", "rich", "yaml", "numpy")
 
 

@@ -26,6 +26,7 @@ namespace scalar {
 #define EAPO_LANES 4
 #include "cpu/vec-inl.h"
 #include "cpu/loss-inl.h"
+#include "cpu/loss_gradient-inl.h"
 #undef EAPO_LANES
 }  // namespace scalar
 
@@ -35,6 +36,7 @@ namespace avx2 {
 #define EAPO_LANES 8
 #include "cpu/vec-inl.h"
 #include "cpu/loss-inl.h"
+#include "cpu/loss_gradient-inl.h"
 #undef EAPO_LANES
 }  // namespace avx2
 EAPO_END_TARGET
@@ -44,6 +46,7 @@ namespace avx512 {
 #define EAPO_LANES 16
 #include "cpu/vec-inl.h"
 #include "cpu/loss-inl.h"
+#include "cpu/loss_gradient-inl.h"
 #undef EAPO_LANES
 }  // namespace avx512
 EAPO_END_TARGET

@@ -29,13 +29,27 @@ EAPO_INLINE F bounded(F x, F least, F most) {
   return x > most ? most : x;
 }
 
-constexpr float kLogRatioLimit = 20.0f;
+EAPO_INLINE F absolute(F x) { return (F)((I)x & 0x7fffffff); }
 
-EAPO_INLINE F limited(F x) {
-  return bounded(x, broadcast(-kLogRatioLimit), broadcast(kLogRatioLimit));
+// What the token program calls, see kernels/policy_loss/triton_math.py.
+EAPO_INLINE F select(I condition, F yes, F no) { return condition ? yes : no; }
+
+EAPO_INLINE F filled(F, F value) { return value; }
+
+EAPO_INLINE F exp_limited(F x) { return exp_parts(x).value(); }
+
+// exp(x) - 1 and exp(x) - 1 - x for |x| <= 80.
+EAPO_INLINE F expm1(F x) {
+  const ExpParts e = exp_parts(x);
+  return e.scale == 1.0f ? e.r + e.q : e.value() - 1.0f;
 }
 
-EAPO_INLINE F absolute(F x) { return (F)((I)x & 0x7fffffff); }
+EAPO_INLINE F exp_excess(F x) {
+  const ExpParts e = exp_parts(x);
+  return e.scale == 1.0f ? e.q : e.value() - 1.0f - x;
+}
+
+#include "cpu/token_program-inl.h"
 
 // Sums of one block in single precision, small enough to lose nothing that matters.
 struct BlockTotals {
@@ -60,102 +74,36 @@ struct BlockTotals {
 
 EAPO_INLINE void count(I& total, I flags) { total = flags ? total + 1 : total; }
 
-// What an advantage makes of the bounds: only the side that it pushes to is bounded.
-struct Bounds {
-  F advantage, least, most;
-  I negative;
-
-  EAPO_INLINE Bounds(const PolicyArgs& args, F a) : advantage(a), negative(a < 0.0f) {
-    const F free = broadcast(kInf);
-    least = negative ? broadcast(args.least) : -free;
-    most = negative ? broadcast(args.delta) : a > 0.0f ? broadcast(args.most) : free;
-  }
-};
-
 // One register of tokens.
 struct Tokens {
   F logprob = {}, old_logprob = {}, ref_logprob = {}, entropy = {}, factor = {};
   I live = {};
 };
 
-template <Surrogate kSurrogate>
-EAPO_INLINE void surrogate(const PolicyArgs& args, const Bounds& bounds, const Tokens& in, F ratio,
-                           I moves, BlockTotals& totals, F& loss, F& slope) {
-  const F push = -bounds.advantage;
-  if constexpr (kSurrogate == Surrogate::kReinforce) {
-    loss = push * in.logprob;
-    slope = push;
-  } else if constexpr (kSurrogate == Surrogate::kNone) {
-    loss = push * ratio;
-    slope = moves ? loss : F{};
-  } else if constexpr (kSurrogate == Surrogate::kDetachedClip) {
-    count(totals.low, in.live & (ratio < args.least));
-    count(totals.high, in.live & (ratio > args.most));
-    slope = push * bounded(ratio, broadcast(args.least), broadcast(args.most));
-    loss = slope * in.logprob;
-  } else {
-    const I above = in.live & (ratio > bounds.most);
-    count(totals.low, in.live & (ratio < bounds.least));
-    count(totals.high, above & ~bounds.negative);
-    count(totals.dual, above & bounds.negative);
-    const F clipped = bounded(ratio, bounds.least, bounds.most);
-    loss = push * clipped;
-    slope = moves & (clipped == ratio) ? loss : F{};
-  }
-}
-
-// The KL estimate of D = `excess` and its slope.
-EAPO_INLINE void kl_term(KlEstimator kind, F excess, F& value, F& slope) {
-  switch (kind) {
-    case KlEstimator::kK1:
-      value = excess;
-      slope = broadcast(1.0f);
-      return;
-    case KlEstimator::kAbs:
-      value = absolute(excess);
-      slope = excess > 0.0f ? broadcast(1.0f) : excess < 0.0f ? broadcast(-1.0f) : excess;
-      return;
-    case KlEstimator::kK2:
-      value = excess * excess * 0.5f;
-      slope = excess;
-      return;
-    case KlEstimator::kK3: {
-      const F inside = limited(excess);
-      const ExpParts e = exp_parts(-inside);
-      const I small = e.scale == 1.0f;
-      const F grown = small ? e.r + e.q : e.value() - 1.0f;  // exp(-D) - 1
-      value = small ? e.q : grown + inside;
-      slope = inside != excess && excess == excess ? F{} : -grown;
-      return;
-    }
-  }
-}
-
 // Evaluates one register of tokens: dloss/dl per unit of weight in `slope`, the loss in `loss`.
 template <Surrogate kSurrogate, bool kTerms>
-EAPO_INLINE void evaluate(const PolicyArgs& args, const Bounds& bounds, const Tokens& in,
+EAPO_INLINE void evaluate(const PolicyArgs& args, F advantage, const Tokens& in,
                           BlockTotals& totals, F& loss, F& slope) {
-  const F drift = in.logprob - in.old_logprob, inside = limited(drift);
-  const F ratio = exp_parts(inside).value();
-  surrogate<kSurrogate>(args, bounds, in, ratio, inside == drift, totals, loss, slope);
+  const F drift = in.logprob - in.old_logprob;
+  F ratio, direct, kl;
+  I moves, low, high, dual;
+  ratio_terms(drift, 20.0f, ratio, moves);
+  token_terms<kSurrogate>(in.logprob, ratio, moves, advantage, in.factor,
+                          in.logprob - in.ref_logprob, in.entropy, args.least, args.most,
+                          args.delta, args.beta, args.entropy_coef, args.kl,
+                          kTerms && args.factor != nullptr, kTerms && args.ref_logprob != nullptr,
+                          kTerms && args.beta != 0,
+                          kTerms && args.entropy != nullptr && args.entropy_coef != 0, loss, slope,
+                          direct, kl, low, high, dual);
   if constexpr (kTerms) {
-    if (args.factor != nullptr) {
-      loss *= in.factor;
-      slope *= in.factor;
-    }
-    if (args.ref_logprob != nullptr) {
-      F value, kl_slope;
-      kl_term(args.kl, in.logprob - in.ref_logprob, value, kl_slope);
-      totals.kl += in.live ? value : F{};
-      if (args.beta != 0) {
-        loss += args.beta * value;
-        slope += args.beta * kl_slope;
-      }
-    }
-    if (args.entropy != nullptr) {
-      totals.entropy += in.live ? in.entropy : F{};
-      if (args.entropy_coef != 0) loss -= args.entropy_coef * in.entropy;
-    }
+    slope += direct;
+    totals.kl += in.live ? kl : F{};
+    totals.entropy += in.live ? in.entropy : F{};
+  }
+  if constexpr (kSurrogate == Surrogate::kClip || kSurrogate == Surrogate::kDetachedClip) {
+    count(totals.low, in.live & low);
+    count(totals.high, in.live & high);
+    count(totals.dual, in.live & dual);
   }
   const F gap = in.live ? absolute(drift) : F{}, live_ratio = in.live ? ratio : F{};
   totals.ratio += live_ratio;
@@ -189,7 +137,7 @@ template <Surrogate kSurrogate, bool kMasked, bool kTerms>
 EAPO_INLINE void run_tokens(const PolicyArgs& args, int64_t begin, int64_t end, int64_t sequence,
                             float weight, BlockTotals& totals) {
   const bool each = kTerms && args.advantage_per_token;
-  const Bounds shared(args, broadcast(each ? 0.0f : args.advantages[sequence]));
+  const F shared = broadcast(each ? 0.0f : args.advantages[sequence]);
   const auto step = [&](const auto& read, I live, const auto& write) {
     Tokens in{.logprob = read(args.logprob), .old_logprob = read(args.old_logprob), .live = live};
     if constexpr (kTerms) {
@@ -197,9 +145,9 @@ EAPO_INLINE void run_tokens(const PolicyArgs& args, int64_t begin, int64_t end, 
       in.entropy = args.entropy ? read(args.entropy) : F{};
       in.factor = args.factor ? read(args.factor) : F{};
     }
-    const Bounds bounds = each ? Bounds(args, read(args.advantages)) : shared;
     F loss, slope;
-    evaluate<kSurrogate, kTerms>(args, bounds, in, totals, loss, slope);
+    evaluate<kSurrogate, kTerms>(args, each ? read(args.advantages) : shared, in, totals, loss,
+                                 slope);
     totals.loss += loss * weight;
     write(args.a, slope * weight);
     write(args.token_loss, loss);

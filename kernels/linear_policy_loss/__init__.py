@@ -10,7 +10,7 @@ from eapo_fast.kernels.backend import Refusal, choose_backend
 from eapo_fast.kernels.checks import FLOATS, check_tensor
 from eapo_fast.kernels.linear_policy_loss import operator
 from eapo_fast.kernels.linear_policy_loss.plans import PLANS
-from eapo_fast.kernels.linear_token_stats import REFUSALS, check_head
+from eapo_fast.kernels.linear_token_stats import ON_REQUEST, REFUSALS, check_head
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch
 from eapo_fast.recipes import Recipe
 
@@ -65,8 +65,8 @@ def linear_policy_loss(
     if plan not in PLANS:
         allowed = ", ".join(PLANS)
         raise ValueError(f"plan: got {plan!r}, allowed is one of {allowed}.{suggest(plan, PLANS)}")
-    refusals: dict[str, Refusal] = {"cpu": lambda x: _cpu_refusal(x, recipe)}
-    chosen = choose_backend("linear_policy_loss", backend, refusals, hidden)
+    on_request: dict[str, Refusal] = {"triton": lambda x: _triton_refusal(x, recipe)}
+    chosen = choose_backend("linear_policy_loss", backend, REFUSALS, hidden, on_request=on_request)
     stats = dict(batch.stats or {})
     text = operator.described(recipe)
     dims = " ".join(f"{name}:{values.ndim}" for name, values in stats.items())
@@ -115,12 +115,10 @@ def _trained(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _cpu_refusal(hidden: Tensor, recipe: Recipe) -> str | None:
+def _triton_refusal(hidden: Tensor, recipe: Recipe) -> str | None:
     if recipe.entropy_target is not None:
-        return (
-            f"recipe {recipe.name!r} reads the truncated entropy, which only 'reference' computes"
-        )
-    return REFUSALS["cpu"](hidden)
+        return f"recipe {recipe.name!r} reads the truncated entropy, which it does not compute"
+    return ON_REQUEST["triton"](hidden)
 
 
 def _count(given: int | Tensor | None) -> Tensor | None:

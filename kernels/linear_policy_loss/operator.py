@@ -25,8 +25,9 @@ from eapo_fast.kernels.linear_token_stats.operator import (
 )
 from eapo_fast.kernels.linear_token_stats.reference import TorchHead
 from eapo_fast.kernels.policy_loss import reference as losses
-from eapo_fast.kernels.policy_loss.batch import PolicyBatch, check_batch
+from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch, check_batch
 from eapo_fast.kernels.policy_loss.rows import Rows, trained_rows
+from eapo_fast.kernels.truncated_entropy.reference import Cut
 from eapo_fast.recipes import Recipe
 
 
@@ -75,28 +76,19 @@ def policy_loss(
         num_sequences=num_sequences,
     )
     check_batch(batch, method, len(hidden), hidden.device)
-    rows = trained_rows(batch, method, compute_dtype(hidden.dtype))
-    targets, banned = rows.gather(targets).long(), pair(banned_rows, banned_ids)
-    check_values(targets, vocab_size, banned_rows, banned_ids, len(hidden))
-    wanted = (to_hidden, to_weight, to_bias)
-    head = HEADS[backend](
-        rows.gather(hidden),
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        vocab_size=vocab_size,
-        banned=None if banned is None else _banned_of(rows, banned),
-        chunk_size=chunk_size,
-        wanted=wanted,
+    head_settings = {
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": softcap,
+        "vocab_size": vocab_size,
+        "chunk_size": chunk_size,
+        "wanted": (to_hidden, to_weight, to_bias),
+    }
+    evaluate = _on_device if backend == "triton" else _gathered
+    banned = pair(banned_rows, banned_ids)
+    found, of_hidden, of_weight, of_bias = evaluate(
+        hidden, weight, targets, batch, method, banned, plan, backend, head_settings
     )
-    _prepare(head, rows, method)
-    found = run(head, rows, method, plan, wanted)
-    of_hidden, of_weight, of_bias = head.gradients()
-    head.close()
-    if of_hidden is not None and rows.index is not None:
-        of_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows.index, of_hidden)
     return (
         found.loss,
         torch.stack([found.metrics[name] for name in metric_names.split()]),
@@ -106,6 +98,76 @@ def policy_loss(
         found.token_loss,
         *filled((of_hidden, of_weight, of_bias), hidden),
     )
+
+
+Found = tuple[LossOutput, Tensor | None, Tensor | None, Tensor | None]
+"""A loss and the gradients of hidden, weight and bias."""
+
+
+def _gathered(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    batch: PolicyBatch,
+    recipe: Recipe,
+    banned: tuple[Tensor, Tensor] | None,
+    plan: str,
+    backend: str,
+    settings: dict[str, Any],
+) -> Found:
+    """Evaluate the masked-in rows, taken out of the batch."""
+    rows = trained_rows(batch, recipe, compute_dtype(hidden.dtype))
+    own = rows.gather(targets).long()
+    check_values(own, settings["vocab_size"], *(banned or (None, None)), len(hidden))
+    head = HEADS[backend](
+        rows.gather(hidden),
+        weight,
+        own,
+        banned=None if banned is None else _banned_of(rows, banned),
+        **settings,
+    )
+    _prepare(head, rows, recipe)
+    found = run(head, rows, recipe, plan, settings["wanted"])
+    of_hidden, of_weight, of_bias = head.gradients()
+    head.close()
+    if of_hidden is not None and rows.index is not None:
+        of_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows.index, of_hidden)
+    return found, of_hidden, of_weight, of_bias
+
+
+def _on_device(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    batch: PolicyBatch,
+    recipe: Recipe,
+    banned: tuple[Tensor, Tensor] | None,
+    plan: str,
+    backend: str,
+    settings: dict[str, Any],
+) -> Found:
+    """Evaluate the masked-in rows where they are, as a list that the device makes."""
+    from eapo_fast.kernels.linear_policy_loss import triton_plan
+    from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
+    from eapo_fast.kernels.linear_token_stats.triton_products import listed
+
+    live = None if batch.mask is None else batch.mask != 0
+    check_values(
+        targets if live is None or targets.device.type != "cpu" else targets[live],
+        settings["vocab_size"], *(banned or (None, None)), len(hidden),
+    )  # fmt: skip
+    head = TritonHead(
+        hidden,
+        weight,
+        targets.long(),
+        banned=banned,
+        live=None if live is None else listed(live),
+        **settings,
+    )
+    found = triton_plan.run(head, batch, recipe, plan, settings["wanted"])
+    gradients = head.gradients()
+    head.close()
+    return found, *gradients
 
 
 @policy_loss.register_fake
@@ -209,8 +271,8 @@ def _prepare(head: CpuHead | TorchHead, rows: Rows, recipe: Recipe) -> None:
     """Tell the head what it can know beforehand."""
     if isinstance(head, CpuHead):
         head.guess = rows.old_logprob
-    elif recipe.entropy_target is not None:
-        head.truncation = (recipe.entropy_target.top_p, recipe.entropy_target.top_k)
+    if recipe.entropy_target is not None:
+        head.truncation = Cut(recipe.entropy_target.top_p, recipe.entropy_target.top_k)
 
 
 def _banned_of(rows: Rows, banned: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -98,19 +98,30 @@ def choose_plan(plan: str, rows: Rows, recipe: Recipe, wanted: Wanted, most: int
 
     Raises `ValueError` for a plan that cannot give these gradients.
     """
-    entropy_terms = bool(recipe.entropy_coef or recipe.entropy_target)
-    scalable = wanted == (True, False, False) and not entropy_terms
-    if plan == "scale" and not scalable:
-        raise ValueError(
-            "plan: got 'scale', which needs a head without gradients and a recipe without entropy "
-            f"terms; recipe {recipe.name!r} has {'some' if entropy_terms else 'none'}, weight and "
-            f"bias have {'some' if any(wanted[1:]) else 'no'} gradients to be computed"
-        )
+    if plan == "scale":
+        check_scale(recipe, wanted)
     if plan != "auto":
         return plan
     if unit_of(rows, recipe) == "batch" and len(rows.sequence) > most:
-        return "scale" if scalable else "prepass"
+        return "scale" if scalable(recipe, wanted) else "prepass"
     return "slab"
+
+
+def scalable(recipe: Recipe, wanted: Wanted) -> bool:
+    """Return whether the gradients of hidden states can be scaled once coefficients are known."""
+    return wanted == (True, False, False) and not (recipe.entropy_coef or recipe.entropy_target)
+
+
+def check_scale(recipe: Recipe, wanted: Wanted) -> None:
+    """Raise `ValueError` unless `scalable`."""
+    if scalable(recipe, wanted):
+        return
+    entropy_terms = recipe.entropy_coef or recipe.entropy_target
+    raise ValueError(
+        "plan: got 'scale', which needs a head without gradients and a recipe without entropy "
+        f"terms; recipe {recipe.name!r} has {'some' if entropy_terms else 'none'}, weight and "
+        f"bias have {'some' if any(wanted[1:]) else 'no'} gradients to be computed"
+    )
 
 
 def slabs(rows: Rows, unit: str, head: HeadOfRows, *, forced: bool) -> Iterator[Slab]:

@@ -12,14 +12,27 @@ from eapo_fast.kernels.backend import Refusal, choose_backend
 from eapo_fast.kernels.checks import FLOATS, INTEGERS, check_tensor
 from eapo_fast.kernels.linear_token_stats.finite import NonFiniteError
 from eapo_fast.kernels.linear_token_stats.operator import token_stats
-from eapo_fast.kernels.native import cpu_refusal
+from eapo_fast.kernels.native import GPU_STORAGE, cpu_refusal, triton_refusal
+from eapo_fast.kernels.truncated_entropy import check_cut
+from eapo_fast.kernels.truncated_entropy.reference import Cut
 
-__all__ = ["EXTRAS", "REFUSALS", "NonFiniteError", "TokenStats", "check_head", "linear_token_stats"]
+__all__ = [
+    "EXTRAS",
+    "ON_REQUEST",
+    "REFUSALS",
+    "NonFiniteError",
+    "TokenStats",
+    "check_head",
+    "linear_token_stats",
+]
 
-EXTRAS = ("max_logprob", "sum_p2", "sum_p3")
-"""Statistics on request, not differentiable: ln of the largest p, sum of p^2, sum of p^3."""
+EXTRAS = ("max_logprob", "p_max", "sum_p2", "sum_p3", "kept_mass", "truncated_entropy")
+"""Statistics on request, not differentiable: ln of the largest p, that p, sums of p^2 and of p^3,
+probability and renormalised entropy of the tokens that top_p, top_k and min_p keep."""
 REFUSALS: dict[str, Refusal] = {"cpu": cpu_refusal}
 """The backends of an LM head, and why one cannot run on given hidden states."""
+ON_REQUEST: dict[str, Refusal] = {"triton": lambda x: triton_refusal(x, GPU_STORAGE)}
+"""Those that run when they are named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -45,6 +58,9 @@ def linear_token_stats(
     vocab_size: int | None = None,
     banned: tuple[Tensor, Tensor] | None = None,
     extras: Sequence[str] = (),
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> TokenStats:
@@ -63,9 +79,11 @@ def linear_token_stats(
         softcap: cap(y) = softcap * tanh(y / softcap); None: no cap.
         vocab_size: real vocabulary where `weight` is padded; rows behind it are never read.
         banned: (rows, ids), [B] integers each: entries with probability 0.
-        extras: further statistics, of "max_logprob" (of the likeliest token), "sum_p2", "sum_p3".
+        extras: further statistics, of "max_logprob" and "p_max" (of the likeliest token),
+            "sum_p2", "sum_p3", "kept_mass" and "truncated_entropy".
+        top_p, top_k, min_p: the tokens that the last two keep, as in `truncated_entropy`.
         chunk_size: rows a chunk; None: as many as are fast and cost little memory.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "reference", or "triton" (when it is named).
 
     bfloat16 on "cpu": the logits of a row are rounded relative to that of its target, so that
     log-probabilities err by at most 2**-8 (H - ln p(target)); "reference" widens everything.
@@ -80,7 +98,15 @@ def linear_token_stats(
             raise ValueError(
                 f"extras: got {extra!r}, allowed are {allowed}.{suggest(str(extra), EXTRAS)}"
             )
-    chosen = choose_backend("linear_token_stats", backend, REFUSALS, hidden)
+    cut = Cut(top_p, top_k, min_p)
+    if bool(cut) != bool({"kept_mass", "truncated_entropy"} & set(extras)):
+        raise ValueError(
+            "extras: 'kept_mass' and 'truncated_entropy' are of the tokens that top_p, top_k or "
+            f"min_p keep; got {tuple(extras)} with {cut}"
+        )
+    check_cut(cut)
+    refusals = ON_REQUEST if cut == Cut(min_p=min_p) else {"triton": _no_sorting}
+    chosen = choose_backend("linear_token_stats", backend, REFUSALS, hidden, on_request=refusals)
     rows, ids = (None, None) if banned is None else banned
     logprob, entropy, further, _ = token_stats(
         hidden,
@@ -95,9 +121,14 @@ def linear_token_stats(
         " ".join(extras),
         chunk_size,
         chosen,
+        *cut,
     )
     named = dict(zip(extras, further.unbind(0), strict=True))
     return TokenStats(logprob=logprob, entropy=entropy, extras=named)
+
+
+def _no_sorting(hidden: Tensor) -> str:
+    return "of the cuts it takes min_p alone"
 
 
 def check_head(

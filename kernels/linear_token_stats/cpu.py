@@ -21,10 +21,17 @@ from eapo_fast.kernels.linear_token_stats.coefficients import (
     pieces,
     spans,
 )
+from eapo_fast.kernels.linear_token_stats.cpu_truncation import (
+    Exponentials,
+    Truncation,
+    truncated_gradient,
+    truncations,
+)
 from eapo_fast.kernels.linear_token_stats.gradients import Gradients
 from eapo_fast.kernels.linear_token_stats.memory import Workspace
 from eapo_fast.kernels.linear_token_stats.products import Centres, Products, products_for
 from eapo_fast.kernels.native import follow_torch_threads
+from eapo_fast.kernels.truncated_entropy.reference import Cut
 
 TILE = 4 * _core.LOSS_BLOCK
 """Columns of logits that exist at once: what stays in the last-level cache, at full GEMM speed."""
@@ -53,17 +60,6 @@ class Block:
 
     def __len__(self) -> int:
         return len(self.targets)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Exponentials:
-    """What `_core.absorb_logits` leaves of a tile."""
-
-    tile: Tensor
-    """[R, W]"""
-    references: Tensor
-    """[R, blocks]"""
-    columns: slice
 
 
 class CpuHead:
@@ -96,7 +92,11 @@ class CpuHead:
         self.vocab, self.chunk_size = vocab_size, chunk_size
         self.bans = None if banned is None else Bans(banned, len(hidden))
         self.guess: Tensor | None = None
+        self.truncation: Cut | None = None
+        """If set: of the truncated entropy and mass [n] that `read` then fills in."""
         self.truncated: Tensor | None = None
+        self.kept_mass: Tensor | None = None
+        self._cuts: list[Truncation] = []
         self.state = _blank_state(len(hidden)) if state is None else state
         self.logprob = torch.empty(len(hidden))
         self.entropy = torch.empty_like(self.logprob)
@@ -110,36 +110,47 @@ class CpuHead:
         if self.chunk_size is not None:
             return self.chunk_size
         if not keep:
-            return BLOCK_ROWS
+            return self._block_rows
         size, tile = self.products.storage.itemsize, min(TILE, self.vocab)
-        scratch = 0 if self.products.in_place else size * BLOCK_ROWS * tile
-        roomy = (SLAB_BYTES - scratch) // (size * self.vocab)
-        least = min(BLOCK_ROWS, MOST_SLAB_BYTES // (size * self.vocab))
-        return max(1, least, roomy)
+        fixed, row = 0, size * self.vocab
+        if not self.products.in_place:  # logits of a block, and a transposed copy of a tile
+            fixed, row = size * self._block_rows * tile, row + size * tile
+        least = min(self._block_rows, MOST_SLAB_BYTES // (size * self.vocab))
+        return max(1, least, (SLAB_BYTES - fixed) // row)
+
+    @property
+    def _block_rows(self) -> int:
+        """Rows of logits that exist at once; fewer where a product makes its own tensor."""
+        return BLOCK_ROWS if self.products.in_place else BLOCK_ROWS // 2
 
     def read(self, start: int, stop: int, *, keep: bool, powers: bool = False) -> None:
         """Compute the statistics of rows start ... stop; `push` needs `keep`."""
         self._kept = []
+        if self.truncation is not None and not keep:
+            for first, last in spans(stop - start, self.slab_rows(keep=True), even=False):
+                self.read(start + first, start + last, keep=True, powers=powers)
+            self._kept = []
+            return
         if keep:
             self._kept = [
                 Exponentials(room, self._references(room), columns)
                 for columns, room in self._tiles(stop - start, keep=True)
             ]
-        for first, last in spans(stop - start, BLOCK_ROWS, even=self.chunk_size is None):
+        for first, last in spans(stop - start, self._block_rows, even=self.chunk_size is None):
             block = self._block(slice(start + first, start + last))
             if keep:
                 for left in self._kept:
                     out = left.tile[first:last], left.references[first:last]
-                    logits = self._logits(block, left.columns, out[0])
-                    self._absorb(block, logits, left.columns, block.state, powers, out)
+                    self._take(block, left.columns, out[0], powers, out)
             else:
                 for columns, room in self._tiles(len(block), keep=False):
-                    logits = self._logits(block, columns, room)
-                    self._absorb(block, logits, columns, block.state, powers, (None, None))
+                    self._take(block, columns, room, powers, (None, None))
         top, mass, moment, target, *_ = self.state[start:stop].unbind(1)
         log_mass = mass.log()
         self.logprob[start:stop] = target - top - log_mass
         self.entropy[start:stop] = log_mass - moment / mass
+        if keep and self.truncation is not None:
+            self._truncate(self.truncation, start, stop)
 
     def push(self, start: int, stop: int, slopes: Coefficients) -> None:
         """Add the gradients of rows start ... stop, the last ones read, given their coefficients.
@@ -154,11 +165,23 @@ class CpuHead:
         own = slopes.of(source)
         with self.totals.of_rows(where) as total:
             for left in self._kept:
+                further = None
+                if own.c is not None:
+                    further = truncated_gradient(
+                        self._cuts, left, self.state[rows], source, own.c,
+                        self.temperature, self.softcap,
+                    )  # fmt: skip
                 dz = self._differentiate(left, self.state[rows], self.targets[rows], source, own)
-                total.add(dz, left.columns)
+                total.add(dz if further is None else dz.add_(further), left.columns)
 
     def replay(self, start: int, stop: int, slopes: Coefficients) -> None:
         """Add the gradients of rows start ... stop, read before, computing their logits again."""
+        if slopes.c is not None:
+            for first, last in spans(stop - start, self.slab_rows(keep=True), even=False):
+                self.state[start + first : start + last] = _blank_state(last - first)
+                self.read(start + first, start + last, keep=True)
+                self.push(start + first, start + last, slopes.of(slice(first, last)))
+            return
         active = slopes.active()
         rows = torch.arange(start, stop) if active is None else start + active
         for part in pieces(rows, self.slab_rows(keep=False)):
@@ -183,9 +206,23 @@ class CpuHead:
     def extra(self, name: str) -> Tensor:
         """Return a further statistic [n] of rows read with `powers`."""
         _, mass, _, _, mass2, mass3 = self.state.unbind(1)
-        if name == "max_logprob":
-            return -mass.log()
-        return mass2 / mass**2 if name == "sum_p2" else mass3 / mass**3
+        found = {
+            "max_logprob": -mass.log(),
+            "p_max": 1 / mass,
+            "sum_p2": mass2 / mass**2,
+            "sum_p3": mass3 / mass**3,
+            "kept_mass": self.kept_mass,
+            "truncated_entropy": self.truncated,
+        }[name]
+        return self.logprob if found is None else found  # None: no rows were read
+
+    def _truncate(self, cut: Cut, start: int, stop: int) -> None:
+        if self.truncated is None or self.kept_mass is None:
+            self.truncated = torch.empty_like(self.logprob)
+            self.kept_mass = torch.empty_like(self.logprob)
+        self._cuts = truncations(cut, self._kept, self.state[start:stop])
+        self.kept_mass[start:stop] = torch.cat([c.mass for c in self._cuts])
+        self.truncated[start:stop] = torch.cat([c.entropy for c in self._cuts])
 
     def close(self) -> None:
         """Give memory back; the head is of no use afterwards."""
@@ -218,6 +255,18 @@ class CpuHead:
 
     def _logits(self, block: Block, columns: slice, out: Tensor) -> Tensor:
         return self.products.logits(block.hidden, self.weight[columns], block.centres, out)
+
+    def _take(
+        self,
+        block: Block,
+        columns: slice,
+        room: Tensor,
+        powers: bool,
+        out: tuple[Tensor | None, Tensor | None],
+    ) -> None:
+        """Make the logits of a tile and absorb them: at most one such tensor is alive."""
+        logits = self._logits(block, columns, room)
+        self._absorb(block, logits, columns, block.state, powers, out)
 
     def _absorb(
         self,

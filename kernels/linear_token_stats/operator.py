@@ -18,13 +18,27 @@ from eapo_fast.kernels.linear_token_stats import reference
 from eapo_fast.kernels.linear_token_stats.coefficients import Coefficients, spans
 from eapo_fast.kernels.linear_token_stats.cpu import CpuHead
 from eapo_fast.kernels.linear_token_stats.finite import check_finite
+from eapo_fast.kernels.truncated_entropy.reference import Cut
 
 HEADS: dict[str, type[CpuHead] | type[reference.TorchHead]] = {
     "cpu": CpuHead,
     "reference": reference.TorchHead,
 }
-"""The backends."""
-_STATES = {"cpu": (_core.LOSS_STATE, torch.float64), "reference": (reference.STATE, None)}
+"""The backends that are always there."""
+_STATES = {
+    "cpu": (_core.LOSS_STATE, torch.float64),
+    "reference": (reference.STATE, None),
+    "triton": (7, torch.float32),
+}
+
+
+def head_of(backend: str) -> Any:
+    """Return the class of heads of a backend."""
+    if backend != "triton":
+        return HEADS[backend]
+    from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
+
+    return TritonHead
 
 
 @torch.library.custom_op("eapo_fast::linear_token_stats", mutates_args=())
@@ -41,10 +55,13 @@ def token_stats(
     extras: str,
     chunk_size: int | None,
     backend: str,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return logprob [N], entropy [N], extras [E, N] and the state that the way back needs."""
     check_values(targets, vocab_size, banned_rows, banned_ids, len(hidden))
-    head = HEADS[backend](
+    head = head_of(backend)(
         hidden,
         weight,
         targets.long(),
@@ -55,7 +72,7 @@ def token_stats(
         banned=pair(banned_rows, banned_ids),
         chunk_size=chunk_size,
     )
-    names = extras.split()
+    names, head.truncation = extras.split(), Cut(top_p, top_k, min_p) or None
     for start, stop in spans(len(hidden), head.slab_rows(keep=False), even=chunk_size is None):
         head.read(start, stop, keep=False, powers=bool(names))
         check_finite(head.entropy[start:stop], start)
@@ -68,7 +85,7 @@ def token_stats(
 
 @token_stats.register_fake
 def _(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    extras, _, backend = arguments[-3:]
+    extras, backend = arguments[8], arguments[10]
     rows = hidden.shape[0]
     logprob = hidden.new_empty(rows, dtype=compute_dtype(hidden.dtype))
     size, dtype = _STATES[backend]
@@ -101,7 +118,7 @@ def token_stats_backward(
 
     a and b [N] are those of the loss in logprob and entropy; None: 0.
     """
-    head = HEADS[backend](
+    head = head_of(backend)(
         hidden,
         weight,
         targets.long(),
@@ -144,13 +161,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(state, hidden, weight, targets, bias, *banned)
     ctx.settings = (temperature, softcap, vocab_size)
-    ctx.chunk_size, ctx.backend = inputs[10:]
+    ctx.chunk_size, ctx.backend = inputs[10:12]
 
 
 @once_differentiable
 def _backward(ctx: Any, a: Tensor | None, b: Tensor | None, *_: None) -> tuple[Any, ...]:
     if a is None and b is None:
-        return (None,) * 12
+        return (None,) * 15
     state, hidden, weight, targets, bias, *banned = ctx.saved_tensors
     to_hidden, to_weight, _, to_bias = ctx.needs_input_grad[:4]
     of_hidden, of_weight, of_bias = token_stats_backward(
@@ -162,7 +179,7 @@ def _backward(ctx: Any, a: Tensor | None, b: Tensor | None, *_: None) -> tuple[A
         of_weight if to_weight else None,
         None,
         of_bias if to_bias else None,
-        *[None] * 8,
+        *[None] * 11,
     )
 
 

@@ -18,7 +18,7 @@ from eapo_fast.kernels.linear_token_stats.head import (
     plogp,
     renormalise,
 )
-from eapo_fast.kernels.truncated_entropy.reference import kept_tokens, truncated_entropy
+from eapo_fast.kernels.truncated_entropy.reference import Cut, truncated_entropy
 
 CHUNK_ELEMENTS = 1 << 25
 """Logits alive at once when no chunk size is asked for: 128 MiB in float32."""
@@ -65,9 +65,10 @@ class TorchHead:
             x.new_zeros(x.shape, dtype=dtype) if x is not None and want else None
             for x, want in zip(inputs, wanted, strict=True)
         ]
-        self.truncation: tuple[float, int] | None = None
-        """If set: (top_p, top_k) of the truncated entropy [n] that `read` then fills in."""
+        self.truncation: Cut | None = None
+        """If set: of the truncated entropy and mass [n] that `read` then fills in."""
         self.truncated: Tensor | None = None
+        self.kept_mass: Tensor | None = None
         self._kept: tuple[Tensor, Tensor | None] | None = None
 
     @property
@@ -86,9 +87,11 @@ class TorchHead:
         log_p, self.state[rows, 0], self.state[rows, 1] = normalise(z)
         self.logprob[rows] = log_p.gather(1, self.targets[rows, None]).squeeze(1)
         if self.truncation is not None:
-            if self.truncated is None:
+            if self.truncated is None or self.kept_mass is None:
                 self.truncated = torch.empty_like(self.logprob)
-            _, self.truncated[rows] = truncated_entropy(log_p, self._kept_tokens(log_p))
+                self.kept_mass = torch.empty_like(self.logprob)
+            kept = self.truncation.kept(log_p)
+            self.kept_mass[rows], self.truncated[rows] = truncated_entropy(log_p, kept)
         p = log_p.exp()
         if powers:
             self.state[rows, 3], self.state[rows, 4] = p.square().sum(1), p.pow(3).sum(1)
@@ -129,7 +132,15 @@ class TorchHead:
     def extra(self, name: str) -> Tensor:
         """Return a further statistic [n] of rows read with `powers`."""
         _, log_sum, _, sum_p2, sum_p3 = self.state.unbind(1)
-        return {"max_logprob": -log_sum, "sum_p2": sum_p2, "sum_p3": sum_p3}[name]
+        found = {
+            "max_logprob": -log_sum,
+            "p_max": (-log_sum).exp(),
+            "sum_p2": sum_p2,
+            "sum_p3": sum_p3,
+            "kept_mass": self.kept_mass,
+            "truncated_entropy": self.truncated,
+        }[name]
+        return self.logprob if found is None else found  # None: no rows were read
 
     def close(self) -> None:
         """Give memory back; the head is of no use afterwards."""
@@ -159,13 +170,9 @@ class TorchHead:
         if to_hidden is not None and own is not None:
             to_hidden[rows] = own
 
-    def _kept_tokens(self, log_p: Tensor) -> Tensor:
-        assert self.truncation is not None
-        top_p, top_k = self.truncation
-        return kept_tokens(log_p, top_p=top_p, top_k=top_k, min_p=None)
-
     def _truncated_gradient(self, c: Tensor, log_p: Tensor) -> Tensor:
-        kept = self._kept_tokens(log_p)
+        assert self.truncation is not None
+        kept = self.truncation.kept(log_p)
         mass, entropy = truncated_entropy(log_p, kept)
         log_q = torch.where(kept, log_p - mass.log()[:, None], 0.0)
         q = torch.where(kept, log_q.exp(), 0.0)

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from eapo_fast.kernels.backend import choose_backend
 from eapo_fast.kernels.checks import FLOATS, check_tensor, compute_dtype
 from eapo_fast.kernels.gradient import attach_gradient
+from eapo_fast.kernels.native import GPU_STORAGE, triton_refusal
 from eapo_fast.kernels.policy_loss import compiled, operator
 from eapo_fast.kernels.policy_loss.batch import (
     LossOutput,
@@ -71,7 +72,7 @@ def policy_loss(
             "clipped_low", "clipped_high", "score", "eligible", "selected", ... as far as the recipe
             has them.
         backend: "auto" (cpu for token-local recipes on the CPU, float64 aside, else reference),
-            "reference" or "cpu".
+            "reference", "cpu", or "triton" (when it is named; not for batch-global recipes).
 
     With the counts given, losses, gradients and metrics of the parts of a batch (cut between
     sequences) add up to those of the whole; metrics that end in `_max` are maxima instead. A batch
@@ -96,7 +97,14 @@ def policy_loss(
     )
     check_constants(batch)
     truncated = _read(recipe, entropy, batch)
-    chosen = choose_backend("policy_loss", backend, {"cpu": compiled.refusal}, logprob, recipe)
+    chosen = choose_backend(
+        "policy_loss",
+        backend,
+        {"cpu": compiled.refusal},
+        logprob,
+        recipe,
+        on_request={"triton": refuse_triton},
+    )
     if torch.compiler.is_compiling() or type(logprob) not in (Tensor, Parameter):
         return _traced(logprob, entropy, truncated, batch, recipe, chosen)
     check_batch(batch, recipe, len(logprob), logprob.device)
@@ -112,6 +120,13 @@ def policy_loss(
         if x is not None and slope is not None and x.requires_grad
     ]
     return replace(found, loss=attach_gradient(found.loss, pairs)) if pairs else found
+
+
+def refuse_triton(logprob: Tensor, recipe: Recipe) -> str | None:
+    """Return why the Triton kernel cannot evaluate `recipe` on `logprob`, or None."""
+    if recipe.locality == "batch-global" or recipe.entropy_band is not None:
+        return f"it knows tokens and sequences, and recipe {recipe.name!r} looks at the batch"
+    return triton_refusal(logprob, GPU_STORAGE)
 
 
 def _traced(

@@ -74,7 +74,7 @@ def policy_loss(
     )
     return LossOutput(
         loss=sums[0].float(),
-        metrics=_metrics(
+        metrics=metrics_of_sums(
             sums, metric_names(recipe, batch.ref_logprob is not None, entropy is not None)
         ),
         a=a,
@@ -83,7 +83,8 @@ def policy_loss(
     )
 
 
-def _metrics(sums: Tensor, names: list[str]) -> dict[str, Tensor]:
+def metrics_of_sums(sums: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Return the metrics, by name, of sums [11] in the order of `_SUMS`."""
     means = dict(zip(_SUMS, (sums / sums[-1]).float().unbind(), strict=True))
     largest = dict(zip(_SUMS, sums.float().unbind(), strict=True))
     means["clip_ratio/region_mean"] = means["clip_ratio/low_mean"] + means["clip_ratio/high_mean"]

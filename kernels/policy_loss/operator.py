@@ -95,6 +95,10 @@ def evaluate(
     """Return the detached loss of a checked batch. Raises `ValueError` if it is not finite."""
     if backend == "cpu":
         found = compiled.policy_loss(logprob, entropy, batch, recipe)
+    elif backend == "triton":
+        from eapo_fast.kernels.policy_loss import triton_kernel
+
+        found = triton_kernel.policy_loss(logprob, entropy, batch, recipe)
     else:
         dtype = compute_dtype(logprob.dtype)
         rows = trained_rows(batch, recipe, dtype)

@@ -54,13 +54,18 @@ def truncated_entropy(
     check_tensor("logits", logits, ["R", "V"], FLOATS)
     if logits.shape[1] == 0:
         raise ValueError("logits: got an empty vocabulary, allowed is one token or more")
-    for name, share in (("top_p", top_p), ("min_p", min_p)):
-        if share is not None and not 0 <= share <= 1:
-            raise ValueError(f"{name}: got {share!r}, allowed is 0 to 1, or None")
-    if top_k is not None and not top_k >= 1:
-        raise ValueError(f"top_k: got {top_k!r}, allowed is 1 or more, or None")
+    check_cut(reference.Cut(top_p, top_k, min_p))
     choose_backend("truncated_entropy", backend, _REFUSALS, logits)
     log_p = logits.to(compute_dtype(logits.dtype)).log_softmax(-1)
     kept = reference.kept_tokens(log_p.detach(), top_p=top_p, top_k=top_k, min_p=min_p)
     mass, entropy = reference.truncated_entropy(log_p, kept)
     return TruncatedEntropy(kept=kept, mass=mass.detach(), entropy=entropy)
+
+
+def check_cut(cut: reference.Cut) -> None:
+    """Raise `ValueError` for shares outside of [0, 1] and counts below 1."""
+    for name, share in (("top_p", cut.top_p), ("min_p", cut.min_p)):
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"{name}: got {share!r}, allowed is 0 to 1, or None")
+    if cut.top_k is not None and not cut.top_k >= 1:
+        raise ValueError(f"top_k: got {cut.top_k!r}, allowed is 1 or more, or None")

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Cut(NamedTuple):
+    """Which tokens a truncated distribution keeps; see `ops.truncated_entropy`."""
+
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+
+    def kept(self, log_p: Tensor) -> Tensor:
+        """Return [R, V] flags."""
+        return kept_tokens(log_p, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
+
+    def __bool__(self) -> bool:
+        return any(x is not None for x in self)
 
 
 def kept_tokens(

@@ -211,7 +211,8 @@ class Trainer:
                 consult_schedule="constant", expert_record=None, expert_replay=None
             )
             self.ledger.forget(step=0)  # caps per step, prompt and rollout start anew
-            with build_scheduler(self.expert, always, self.state.max_steps, self.ledger) as scheduler:  # type: ignore[arg-type]
+            total, expert = self.state.max_steps, self.expert
+            with build_scheduler(expert, always, total, self.ledger) as scheduler:  # type: ignore[arg-type]
                 return self._evaluate(rows, prompts, scheduler)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
@@ -331,6 +332,8 @@ class Trainer:
             step=step,
             phases=self.phases,
         )
+        with self.phases.measure("update"):
+            self.updater.observe([generation.rollouts[i] for i in generation.kept()])
         shared = self._generation_metrics(generation, step, max_turns)
         shares = np.array_split(generation.kept(), self._slices())
         cycle = self.args.steps_per_cycle
@@ -401,9 +404,7 @@ class Trainer:
     ) -> dict[str, float]:
         if (step - 1) % self.args.reliance_steps:
             return {}
-        chosen = assisted_and_correct(
-            generation.rollouts, accuracies, self.args.reliance_rollouts
-        )
+        chosen = assisted_and_correct(generation.rollouts, accuracies, self.args.reliance_rollouts)
         return {"expert/reliance": reliance(self.updater, chosen)} if chosen else {}
 
     def _log(self, metrics: dict[str, float]) -> None:
@@ -462,6 +463,7 @@ class Trainer:
             "trainer": dataclasses.asdict(self.state),
             "tokens": self._tokens,
             "prompt_sampler": self.prompt_sampler.state_dict(),
+            "token_statistics": self.updater.statistics.state_dict(),
             "consults": self.scheduler.state_dict() if self.scheduler else None,
             "consult_counts": dict(self.counts.totals),
             "means": self._means.state_dict(),
@@ -482,6 +484,7 @@ class Trainer:
         self.state.max_steps = total
         self._tokens = saved["tokens"]
         self.prompt_sampler.load_state_dict(saved["prompt_sampler"])
+        self.updater.statistics.load_state_dict(saved["token_statistics"])
         self.counts.totals = Counter(saved["consult_counts"])
         self._means.load_state_dict(saved["means"])
         self.phases.total.update(saved["seconds"])

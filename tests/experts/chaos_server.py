@@ -3,8 +3,8 @@
     with ChaosServer("cut_body") as server:
         OpenAICompatible(server.url, "any")
 
-The last line of a query is `hint <n>`. Odd n are answered well, with the text of that line; n divisible by 4
-meet the fault every time, the others meet it once and are answered well afterwards.
+The last line of a query is `hint <n>`. Odd n are answered well, with the text of that line; n
+divisible by 4 meet the fault every time, the others meet it once and are answered well afterwards.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import struct
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any, Self
 
 KINDS = (
@@ -73,7 +74,7 @@ class ChaosServer:
     `kind="mixed"` draws the fault from the query's number. `late` is how long a late answer takes.
     """
 
-    def __init__(self, kind: str = "mixed", *, late: float = 1.0) -> None:
+    def __init__(self, kind: str = "mixed", *, late: float = 2.0) -> None:
         self.kind = kind
         self.late = late
         self.seen: Counter[str] = Counter()
@@ -194,16 +195,13 @@ def _answers(kind: str, good: bytes, echo: bytes) -> bytes:
 
 def sockets_of_this_process() -> int:
     """How many socket descriptors are open."""
-    import os
-    from pathlib import Path
-
     count = 0
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
-            count += os.readlink(entry).startswith("socket:")
+            count += str(entry.readlink()).startswith("socket:")
     return count
 
 
 def settings() -> dict[str, Any]:
-    """Settings of a `ConsultPolicy` under which a wave of 50 takes under a second."""
-    return {"timeout": 0.8, "max_concurrency": 256, "breaker_failures": 1_000_000}
+    """Settings of a `ConsultPolicy` under which a wave of 50 takes under two seconds."""
+    return {"timeout": 1.5, "max_concurrency": 256, "breaker_failures": 1_000_000}

@@ -22,7 +22,6 @@ from eapo_fast.experts import (
 )
 from eapo_fast.experts.budget import NANO, Reservation
 
-
 EVENTS = int(os.environ.get("EAPO_FAST_BUDGET_EVENTS", "60000"))
 """`EAPO_FAST_BUDGET_EVENTS=1000000` is the figure to hold."""
 

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from eapo_fast.engine import Sampler, SamplingParams, Vocabulary
-from eapo_fast.experts import ConsultPolicy, ConsultRequest, ConsultResult, ConsultScheduler, Function
+from eapo_fast.experts import (
+    ConsultPolicy,
+    ConsultRequest,
+    ConsultResult,
+    ConsultScheduler,
+    Function,
+)
 from eapo_fast.rewards import verify
 from eapo_fast.rollout import ConsultProtocol, collect_rollouts
 from eapo_fast.rollout.injection import compose
@@ -19,7 +25,11 @@ EACH = 2000
 SPECIALS = {
     "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>"],
     "llama3": ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
-    "deepseek": ["<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"],
+    "deepseek": [
+        "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+        "<\uff5cUser\uff5c>",
+        "<\uff5cAssistant\uff5c>",
+    ],
     "gemma": ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
     "mistral": ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]"],
 }
@@ -35,7 +45,7 @@ def byte_level(specials: list[str]) -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.train_from_iterator(
-        ["<consult><q>48+24</q></consult><advice><a i=\"1\">x</a></advice> the answer is 72"],
+        ['<consult><q>48+24</q></consult><advice><a i="1">x</a></advice> the answer is 72'],
         trainers.BpeTrainer(
             vocab_size=400,
             special_tokens=specials,
@@ -53,7 +63,9 @@ def byte_fallback(specials: list[str]) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(set('\u2581<>/[]|="_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'))
+    letters = sorted(
+        set('\u2581<>/[]|="_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ')
+    )
     words = ["<unk>", *specials, *(f"<0x{b:02X}>" for b in range(256)), *letters]
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
     core = Tokenizer(
@@ -84,11 +96,20 @@ def vocabularies() -> dict[str, Vocabulary]:
 
 def hostile(rng: random.Random, specials: list[str]) -> str:
     """One reply made to be taken for something else."""
-    pieces = [*specials, *TAGS, "\\boxed{7}", "#### 7", "<consult><q>1</q></consult>", "</a></advice>"]
+    pieces = [
+        *specials,
+        *TAGS,
+        "\\boxed{7}",
+        "#### 7",
+        "<consult><q>1</q></consult>",
+        "</a></advice>",
+    ]
     tricks: list[Callable[[str], str]] = [
         lambda s: s,
         lambda s: s.upper(),
-        lambda s: s[: len(s) // 2] + rng.choice("\u200b\u00ad\u2060\ufeff\x00\u202e") + s[len(s) // 2 :],
+        lambda s: (
+            s[: len(s) // 2] + rng.choice("\u200b\u00ad\u2060\ufeff\x00\u202e") + s[len(s) // 2 :]
+        ),
         lambda s: s.replace("<", "<" + s),
         lambda s: s[0] + s + s[1:],
         lambda s: s.replace("<", "\uff1c").replace(">", "\uff1e"),

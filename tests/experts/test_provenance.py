@@ -24,10 +24,10 @@ from eapo_fast.experts import (
     OpenAICompatible,
     Usage,
 )
-from eapo_fast.experts.lines import digest, sealed, unsealed
+from eapo_fast.experts.lines import digest, read_sealed, sealed, unsealed
 from eapo_fast.rollout import ConsultProtocol, Rollout
 from eapo_fast.rollout.provenance import spans_of
-from eapo_fast.training.consult_log import ConsultLog, read_consults
+from eapo_fast.training.consult_log import ConsultLog
 from eapo_fast.training.generation import Generation
 
 
@@ -99,7 +99,9 @@ def check_lines(lines: list[dict[str, Any]], step: int, rollouts: list[Rollout])
     assert len({line["id"] for line in lines}) == len(lines)
     checked = 0
     for rollout in rollouts:
-        mine = [l for l in lines if place(l) == (step, rollout.prompt_id, rollout.sample_index)]
+        mine = [
+            one for one in lines if place(one) == (step, rollout.prompt_id, rollout.sample_index)
+        ]
         segments = [tuple(line["segment"]) for line in mine]
         assert sorted(set(segments)) == spans_of(rollout)
         last = 0
@@ -118,7 +120,7 @@ def check_lines(lines: list[dict[str, Any]], step: int, rollouts: list[Rollout])
 
 def test_spans_and_lines_map_to_each_other(run: tuple[Path, list[Generation]]) -> None:
     folder, generations = run
-    lines = read_consults(folder / "consults.jsonl")
+    lines = read_sealed(folder / "consults.jsonl")
     spans = [check_lines(lines, s, g.rollouts) for s, g in enumerate(generations, 1)]
     assert sum(spans) > 20
     consults = [line for line in lines if line["kind"] == "consult"]
@@ -146,10 +148,10 @@ def test_a_torn_tail_is_left_out_and_damage_is_named(tmp_path: Path) -> None:
     path = tmp_path / "consults.jsonl"
     whole = [sealed({"kind": "consult", "step": i, "id": str(i)}) for i in range(3)]
     path.write_text("\n".join(whole) + "\n" + whole[0][:30])
-    assert len(read_consults(path)) == 3
+    assert len(read_sealed(path)) == 3
     path.write_text("\n".join([whole[0], whole[1][:30], whole[2]]) + "\n")
     with pytest.raises(DataError, match="line 2"):
-        read_consults(path)
+        read_sealed(path)
 
 
 def test_after_a_kill_at_any_byte_the_lines_are_those_of_the_checkpoint(
@@ -172,7 +174,7 @@ def test_after_a_kill_at_any_byte_the_lines_are_those_of_the_checkpoint(
         log = ConsultLog(path, "short", resume_step=1)
         log.write(2, generations[1], Desk())  # type: ignore[arg-type]
         log.close()
-        lines = read_consults(path)
+        lines = read_sealed(path)
         for step, generation in enumerate(generations, 1):
             check_lines(lines, step, generation.rollouts)
 
@@ -186,7 +188,7 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> No
     (tmp_path / "b" / "checkpoint-2").rmdir()
     again = Run(tmp_path / "b", max_steps=2)
     again.train(resume=True)
-    lines = read_consults(tmp_path / "b" / "consults.jsonl")
+    lines = read_sealed(tmp_path / "b" / "consults.jsonl")
     for step, generation in enumerate(straight, 1):
         check_lines(lines, step, generation.rollouts)
 
@@ -199,9 +201,9 @@ def test_the_command_shows_and_replays(
     shown = capsys.readouterr().out
     assert all(title in shown for title in ("slowest", "dearest", "failed ("))
     assert "not today" in shown
-    lines = [l for l in read_consults(folder / "consults.jsonl") if l["kind"] == "consult"]
+    lines = [one for one in read_sealed(folder / "consults.jsonl") if one["kind"] == "consult"]
     for status in ("ok", "declined", "refused"):
-        line = next(l for l in lines if l["status"] == status)
+        line = next(one for one in lines if one["status"] == status)
         assert main(["consults", str(folder), "--replay", line["id"]]) == 0
         out = capsys.readouterr().out
         assert line["query"] in out

@@ -329,7 +329,9 @@ def test_an_impossible_usage_counts_as_unknown(usage: object) -> None:
     assert (total.nano, total.tokens > 7) == (500_000_000, True)
 
 
-@pytest.mark.parametrize(("dedup", "calls"), [("off", 6), ("in_flight", 6), ("step", 3), ("run", 2)])
+@pytest.mark.parametrize(
+    ("dedup", "calls"), [("off", 6), ("in_flight", 6), ("step", 3), ("run", 2)]
+)
 def test_how_long_replies_are_shared(dedup: str, calls: int) -> None:
     """Two queries asked in step 1, one of them in steps 1 and 2 again; all one after another."""
     asked: list[str] = []
@@ -365,7 +367,7 @@ def test_retries_are_counted_by_kind() -> None:
         assert desk.submit(ask()).result(20.0).status == "down"
     with pytest.raises(ConfigError, match="retries"):
         ConsultPolicy(retries={"rate": -1})
-    with pytest.raises(ConfigError, match="did you mean|allowed"):
+    with pytest.raises(ConfigError, match="allowed"):
         ConsultPolicy(retries={"rates": 1})
 
 

@@ -1,4 +1,4 @@
-"""The sampler's Triton kernels: interpreted on the CPU, and on a GPU where there is one."""
+"""The Triton kernels: interpreted on the CPU, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import pytest
 import torch
 from gpu_runs import run_checks
 
-CHECKS = ["kv_write", "paged_attention", "sample", "shared_prefix"]
+CHECKS = [
+    "kv_write",
+    "linear_loss",
+    "paged_attention",
+    "policy_loss",
+    "sample",
+    "shared_prefix",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -146,14 +146,38 @@ def test_settings(isa: str, settings: dict[str, Any], dtype: torch.dtype) -> Non
     assert not got.gradients[1][settings.get("vocab_size", 300) :].any()
 
 
-def test_extras(isa: str) -> None:
-    inputs = head(19, 5000, dtype=torch.float32)
-    names = ("sum_p3", "max_logprob", "sum_p2")
-    got = ops.linear_token_stats(*inputs, extras=names, backend="cpu")
-    p = (inputs[0].double() @ inputs[1].double().T).softmax(-1)
-    want = {"max_logprob": p.amax(1).log(), "sum_p2": p.square().sum(1), "sum_p3": p.pow(3).sum(1)}
+CUTS: list[dict[str, Any]] = [
+    {"min_p": 0.02},
+    {"top_p": 0.7},
+    {"top_p": 0.0},
+    {"top_k": 3},
+    {"top_p": 0.9, "top_k": 40, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_extras(isa: str, cut: dict[str, Any], dtype: torch.dtype) -> None:
+    """bfloat16 keeps 8 digits of an exponential, so that a token at the border may go."""
+    inputs = head(19, 5000, dtype=dtype)
+    names = ("sum_p3", "p_max", "max_logprob", "sum_p2", "kept_mass", "truncated_entropy")
+    settings = {"extras": names, "banned": (torch.tensor([3]), torch.tensor([77])), "softcap": 9.0}
+    got = ops.linear_token_stats(*inputs, **settings, **cut, backend="cpu")
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    want = ops.linear_token_stats(*wide, **settings, **cut, backend="reference")
+    room = {"rtol": 2e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.06, "atol": 0.02}
     for name in names:
-        torch.testing.assert_close(got.extras[name].double(), want[name], rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(got.extras[name].double(), want.extras[name], **room)
+        assert not got.extras[name].requires_grad
+
+
+def test_cuts_belong_to_their_extras() -> None:
+    inputs = head(3, 20, dtype=torch.float32)
+    for settings in ({"extras": ("kept_mass",)}, {"min_p": 0.1}):
+        with pytest.raises(ValueError, match=r"^extras: 'kept_mass' and 'truncated_entropy' are"):
+            ops.linear_token_stats(*inputs, **settings)
+    with pytest.raises(ValueError, match=r"^min_p: got 1.5"):
+        ops.linear_token_stats(*inputs, extras=("kept_mass",), min_p=1.5)
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])

@@ -26,6 +26,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int8: "*i8",
+    torch.bool: "*i1",
 }
 OPTIONS = ("num_warps", "num_stages")
 

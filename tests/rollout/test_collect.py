@@ -197,6 +197,62 @@ def test_slow_expert_is_waited_for_and_a_silent_one_times_out(
     assert [r.consults[0].status for r in rollouts] == ["timeout", "ok"]
 
 
+def test_decoding_goes_on_while_an_expert_is_silent(scripted: Callable[..., Sampler]) -> None:
+    """The reply of prompt 0 comes only after all other prompts have ended: nobody waits for it."""
+    import threading
+
+    release, ended = threading.Event(), []
+
+    def fn(request: Any) -> str:
+        return "42" if request.prompt or release.wait(10.0) else "too late"
+
+    def on_group(group: list[Rollout]) -> None:
+        ended.append(group[0].group_id)
+        if len(ended) == 3:
+            release.set()
+
+    sampler = scripted([ASK, "\\boxed{42}"], max_batch=2)
+    prompt = sampler.vocabulary.encode("What is 6*7?")  # type: ignore[union-attr]
+    with ConsultScheduler(Function(fn), ConsultPolicy(timeout=20.0, dedup="off")) as desk:
+        rollouts = collect_rollouts(
+            sampler,
+            [prompt] * 4,
+            SamplingParams(max_tokens=128),
+            scheduler=desk,
+            on_group=on_group,
+        )
+    assert ended[-1] == 0
+    assert [r.consults[0].text for r in rollouts] == ["42"] * 4
+
+
+def test_spans_of_a_block_with_several_queries(scripted: Callable[..., Sampler]) -> None:
+    from eapo_fast.rollout.provenance import spans_of
+
+    sampler = scripted(["<consult><q>1+1</q><q>what</q><q>2*3</q></consult>", "ok"])
+    for rollout in collect(sampler, Calculator()):
+        [injection] = rollout.injections
+        assert [(injection.start, injection.stop)] == spans_of(rollout)
+        vocabulary = sampler.vocabulary
+        assert vocabulary is not None
+        texts = [vocabulary.text(rollout.token_ids[a:b].tolist()) for a, b in injection.spans]
+        assert texts == ['<a i="1">2</a>', '<a i="2">unavailable</a>', '<a i="3">6</a>']
+        assert [r.status for r in rollout.consults] == ["ok", "malformed", "ok"]
+        assert injection.tick > 0
+
+
+@pytest.mark.parametrize(
+    ("block", "shares"), [("<q>1/0</q><q>2/0</q>", [1, 0]), ("<q>1/0</q>", [1]), ("bare", [])]
+)
+def test_a_notice_belongs_to_the_first_query(
+    scripted: Callable[..., Sampler], block: str, shares: list[int]
+) -> None:
+    rollout = collect(scripted([f"<consult>{block}</consult>", "ok"]), Calculator())[0]
+    [injection] = rollout.injections
+    size = injection.stop - injection.start
+    assert [stop - start for start, stop in injection.spans] == [size * s for s in shares]
+    assert rollout.segments[1].kind == "notice"
+
+
 def test_max_tokens_counts_policy_tokens_only(scripted: Callable[..., Sampler]) -> None:
     sampler = scripted([ASK, "a" * 60])
     ask = len(sampler.vocabulary.encode(ASK))  # type: ignore[union-attr]
@@ -298,6 +354,9 @@ def test_replies_are_capped_in_tokens(scripted: Callable[..., Sampler]) -> None:
     tags = (*protocol.advice_tags, protocol.tags[6], protocol.answer_tags[1])
     around = sum(len(vocabulary.encode(t)) for t in tags)
     assert len(rollout.ids(("expert",))) <= around + 10
+    [result] = rollout.consults
+    assert result.truncated
+    assert "cut" in result.trace.transforms
 
 
 def test_no_consult_is_bought_that_cannot_be_used(scripted: Callable[..., Sampler]) -> None:

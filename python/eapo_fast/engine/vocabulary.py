@@ -10,6 +10,8 @@ from typing import Any
 
 from eapo_fast.errors import ModelError
 
+_TAG_LENGTH, _TAGS = 64, 256
+"""Longest text whose tokens are remembered, and how many of them are."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -44,6 +46,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Any, size: int) -> None:
         self.tokenizer = tokenizer
         self.size = size
+        self._own: dict[str, tuple[int, ...]] = {}
         self.token_bytes: list[bytes] = self._read_bytes()
         added = tokenizer.added_tokens_decoder
         self.control_ids = frozenset(int(i) for i, token in added.items() if token.special)
@@ -57,8 +60,16 @@ class Vocabulary:
         return self.text(i for i in ids if i not in self.control_ids)
 
     def encode(self, text: str) -> list[int]:
-        """Tokenise text of our own (a tag, a notice); no special tokens are put around it."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Tokenise text of our own (a tag, a notice); no special tokens are put around it.
+
+        Short texts are remembered: the same few tags are written around every reply.
+        """
+        known = self._own.get(text)
+        if known is None:
+            known = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if len(text) <= _TAG_LENGTH and len(self._own) < _TAGS:
+                self._own[text] = known
+        return list(known)
 
     def encode_foreign(self, text: str) -> list[int]:
         """Tokenise text of somebody else: whatever it says, no id is a control token."""

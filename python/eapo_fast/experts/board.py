@@ -9,16 +9,11 @@ import logging
 import sqlite3
 import threading
 import time
-from asyncio import TimerHandle
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 from eapo_fast.experts.base import (
     Attempt,
-    ConsultHandle,
     ConsultRequest,
     ConsultResult,
     ConsultStatus,
@@ -27,82 +22,20 @@ from eapo_fast.experts.base import (
     Trace,
     Usage,
 )
-from eapo_fast.experts.budget import Amount, Ledger, Reservation
+from eapo_fast.experts.budget import Ledger, Reservation
 from eapo_fast.experts.cache import Shelf, request_key
 from eapo_fast.experts.calling import worst_case
+from eapo_fast.experts.flights import Consult, Flight
 from eapo_fast.experts.metrics import Counters
 from eapo_fast.experts.policy import ConsultPolicy
 from eapo_fast.experts.recording import Recorder
 from eapo_fast.experts.replies import shape
 from eapo_fast.experts.secret import redact
 
-if TYPE_CHECKING:
-    from eapo_fast.experts.dispatch import Call
-
 logger = logging.getLogger("eapo_fast.experts")
 MAX_DETAIL = 500
 QUIET: frozenset[str] = frozenset({"ok", "cached", "declined", "budget", "cancelled"})
 """Statuses that need no line in the log."""
-
-
-@dataclass(slots=True, eq=False)
-class Consult:
-    """One submission."""
-
-    request: ConsultRequest
-    """What was asked."""
-    handle: ConsultHandle
-    """What the caller holds."""
-    submitted: float
-    """Monotonic seconds."""
-    deadline: float
-    """Monotonic seconds; infinite for immediate experts."""
-    accept: bool
-    """The gate's decision."""
-    failures: Counter[str] = field(default_factory=Counter)
-    """Failed attempts, by kind, since this consult joined its flight."""
-    claimed: bool = False
-    """Its end is decided."""
-    flight: Flight | None = None
-    """The shared work."""
-    key: str = ""
-    """Canonical key of the request; empty if it never came so far."""
-    merged: bool = False
-    """It joined a flight that was under way."""
-    timer: TimerHandle | None = None
-    """Deadline timer; belongs to the loop thread."""
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """One piece of work for the expert, waited for by one consult or by several equal ones."""
-
-    key: str
-    """Canonical key of the request."""
-    request: ConsultRequest
-    """The first consult's request."""
-    opened: float = 0.0
-    """Monotonic seconds of the first consult's submission."""
-    waiters: list[Consult] = field(default_factory=list)
-    """Consults that still wait; a flight without any is dead."""
-    reservation: Reservation | None = None
-    """Worst case of the current attempt."""
-    held: Amount = field(default_factory=Amount)
-    """Most that was reserved at once."""
-    attempts: int = 0
-    """Attempts begun."""
-    began: float = 0.0
-    """Monotonic seconds at which the current attempt began."""
-    log: list[Attempt] = field(default_factory=list)
-    """Attempts that ended."""
-    cost: float = 0.0
-    """Money charged by all attempts."""
-    expired: bool = False
-    """It died of a deadline, not of a cancellation."""
-    sent: bool = False
-    """An attempt is in the expert's hands."""
-    call: Call | None = None
-    """The call that carries it; belongs to the loop thread."""
 
 
 class Board:
@@ -311,9 +244,7 @@ class Board:
             self._trace(consult, reply, transforms),
         )
 
-    def _trace(
-        self, consult: Consult, reply: ExpertReply, transforms: tuple[str, ...]
-    ) -> Trace:
+    def _trace(self, consult: Consult, reply: ExpertReply, transforms: tuple[str, ...]) -> Trace:
         flight = consult.flight
         if flight is None:
             source = "cache" if reply.status == "cached" else "none"

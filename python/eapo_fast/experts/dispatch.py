@@ -10,9 +10,10 @@ from functools import partial
 
 from eapo_fast._core import keyed_uniform
 from eapo_fast.experts.base import ACCEPTED, ExpertReply
-from eapo_fast.experts.board import Board, Consult, Flight
+from eapo_fast.experts.board import Board
 from eapo_fast.experts.breaker import Breaker
 from eapo_fast.experts.calling import call_expert
+from eapo_fast.experts.flights import Consult, Flight
 from eapo_fast.experts.hedging import Hedges
 
 BACKOFF_BASE = 0.5

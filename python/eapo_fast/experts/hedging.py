@@ -13,7 +13,8 @@ from eapo_fast.experts.budget import Reservation
 from eapo_fast.experts.calling import call_expert
 
 if TYPE_CHECKING:
-    from eapo_fast.experts.board import Board, Flight
+    from eapo_fast.experts.board import Board
+    from eapo_fast.experts.flights import Flight
 
 Calling = asyncio.Task[list[ExpertReply]]
 
@@ -32,7 +33,7 @@ class Hedges:
         self._sent = 0
 
     async def ask(self, flight: Flight) -> ExpertReply:
-        """The reply to the flight's request; the reservation that it leaves is that of the reply."""
+        """The reply to the flight's request; the reservation left is that of the reply."""
         self._asked += 1
         first = self._start(call_expert(self._board.expert, [flight.request]))
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from eapo_fast.errors import DataError
@@ -34,6 +35,31 @@ def unsealed(text: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError("the line is no JSON object")
     return content
+
+
+def read_sealed(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `consults.jsonl`; a torn tail is left out.
+
+    Raises:
+        DataError: the file cannot be read, or a line of it (which is named) is damaged.
+    """
+    try:
+        texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): a run writes it at its first consult"
+        ) from None
+    lines = []
+    for number, text in enumerate(texts, 1):
+        if not text:
+            continue
+        try:
+            lines.append(unsealed(text))
+        except DataError as error:
+            if number == len(texts):
+                break
+            raise DataError(f"{path}, line {number}: {error}") from None
+    return lines
 
 
 def digest(text: str | bytes) -> str:

@@ -74,7 +74,9 @@ class Counters:
         share = counts["accepted"] / counts["asked"] if counts["asked"] else 0.0
         values = {name: float(counts[name]) for name in (*COUNTS, *STATUSES)}
         values |= {"accepted_share": share, "tokens": float(tokens), "cost": cost}
-        shared = (counts["merged"] + counts["cached"]) / max(1, counts["asked"] - counts["declined"])
+        shared = (counts["merged"] + counts["cached"]) / max(
+            1, counts["asked"] - counts["declined"]
+        )
         values |= {"shared_share": min(1.0, shared)}
         values |= {f"latency_p{q}": _rank(latencies, q / 100) for q in (50, 90, 99)}
         return {f"expert/{name}": value for name, value in values.items()}

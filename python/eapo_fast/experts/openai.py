@@ -187,7 +187,10 @@ class OpenAICompatible:
 
 
 async def _read(response: httpx.Response) -> bytes | None:
-    """The raw body, or None once it passes the bound."""
+    """The raw body, or None once it passes the bound (at once if the server says so)."""
+    declared = response.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+        return None
     chunks: list[bytes] = []
     size = 0
     async for chunk in response.aiter_raw():

@@ -54,7 +54,9 @@ class Pool:
     @property
     def identity(self) -> str:
         """Part of cache keys: the members', whatever their order."""
-        kinds = {str(getattr(m.expert, "identity", type(m.expert).__qualname__)) for m in self._members}
+        kinds = {
+            str(getattr(m.expert, "identity", type(m.expert).__qualname__)) for m in self._members
+        }
         return json.dumps(["pool", *sorted(kinds)])
 
     @property

@@ -19,10 +19,11 @@ from eapo_fast.experts.base import (
     ExpertReply,
     ReplayMismatch,
 )
-from eapo_fast.experts.board import Board, Consult, Flight, logger
+from eapo_fast.experts.board import Board, logger
 from eapo_fast.experts.budget import Budget, Ledger
 from eapo_fast.experts.calling import call_expert, run_now
 from eapo_fast.experts.dispatch import Dispatcher
+from eapo_fast.experts.flights import Consult, Flight
 from eapo_fast.experts.gate import gate_accepts, gate_draw
 from eapo_fast.experts.policy import ConsultPolicy
 from eapo_fast.experts.secret import redact

@@ -1,4 +1,4 @@
-"""`eapo-fast consults`: the slowest, the dearest and the failed consults of a run, and one again."""
+"""`eapo-fast consults`: the slowest, dearest and failed consults of a run, and one again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from eapo_fast.errors import ConfigError, DataError, suggest
 from eapo_fast.experts import ConsultPolicy, ConsultRequest, ConsultScheduler, ExpertReply, Function
-from eapo_fast.experts.lines import digest
+from eapo_fast.experts.lines import digest, read_sealed
 
 Line = dict[str, Any]
 GOOD = ("ok", "cached", "declined")
@@ -20,9 +20,9 @@ def consult_report(run_dir: Path, top: int = 10) -> str:
     """The report over `run_dir/consults.jsonl`; DataError if it is missing or damaged."""
     lines = _consults(run_dir)
     parts = [_totals(lines)]
-    slow = sorted((l for l in lines if l["latency"] > 0), key=lambda l: -l["latency"])
-    dear = sorted((l for l in lines if _price(l) > (0, 0)), key=_price, reverse=True)
-    failed = [l for l in lines if l["status"] not in GOOD]
+    slow = sorted((one for one in lines if one["latency"] > 0), key=lambda one: -one["latency"])
+    dear = sorted((one for one in lines if _price(one) > (0, 0)), key=_price, reverse=True)
+    failed = [one for one in lines if one["status"] not in GOOD]
     parts.append(_table("slowest", slow[:top], "no consult took any time (in-process expert)"))
     parts.append(_table("dearest", dear[:top], "no consult used tokens or money"))
     parts.append(_table(f"failed ({len(failed)})", failed[-top:], "none"))
@@ -63,9 +63,7 @@ def request_of(line: Line) -> ConsultRequest:
 
 
 def _consults(run_dir: Path) -> list[Line]:
-    from eapo_fast.training.consult_log import read_consults
-
-    lines = read_consults(run_dir / "consults.jsonl")
+    lines = read_sealed(run_dir / "consults.jsonl")
     return [line for line in lines if line["kind"] == "consult"]
 
 
@@ -73,7 +71,9 @@ def _find(run_dir: Path, name: str) -> Line:
     lines = {line["id"]: line for line in _consults(run_dir)}
     if name not in lines:
         hint = suggest(name, list(lines))
-        raise ConfigError(f"{run_dir} has no consult {name!r} (step/prompt/rollout/turn/query).{hint}")
+        raise ConfigError(
+            f"{run_dir} has no consult {name!r} (step/prompt/rollout/turn/query).{hint}"
+        )
     return lines[name]
 
 

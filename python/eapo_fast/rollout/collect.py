@@ -6,7 +6,6 @@ go to the scheduler, and its reply joins as one chunk of masked tokens when it i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eapo_fast.engine import Rules, Sampler, SamplingParams, Session, Vocabulary
+from eapo_fast.engine import Sampler, SamplingParams, Session, Vocabulary
 from eapo_fast.errors import ConfigError
 from eapo_fast.experts import (
     ConsultHandle,
@@ -26,6 +25,7 @@ from eapo_fast.experts import (
 from eapo_fast.experts.tape import Tape
 from eapo_fast.rollout.injection import compose
 from eapo_fast.rollout.protocol import ConsultProtocol
+from eapo_fast.rollout.rules import consult_rules, foreign_tokens, solo_rules
 from eapo_fast.rollout.types import FinishReason, Injection, Rollout, Segment, SegmentKind
 
 _POLL_SECONDS = 1.0
@@ -88,7 +88,7 @@ def collect_rollouts(
         protocol = ConsultProtocol()
     if protocol is not None and sampler.vocabulary is None:
         raise ConfigError("consults need a tokenizer: Sampler(model, tokenizer)")
-    foreign = _foreign_tokens(sampler, protocol, scheduler)
+    foreign = foreign_tokens(sampler, protocol, scheduler)
     with sampler.session(prompts, params, foreign_tokens=foreign) as session:
         run = _Collection(sampler, session, params, protocol, scheduler, step, on_group)
         run.add(prompts, prompt_ids or range(len(prompts)), problems)
@@ -117,8 +117,8 @@ class _Collection:
         self.on_group = on_group
         self.vocabulary: Vocabulary | None = sampler.vocabulary
         base = sampler.rules_of(params)
-        self.may_consult = _consult_rules(base, protocol)
-        self.alone = _solo_rules(base, protocol)
+        self.may_consult = consult_rules(base, protocol)
+        self.alone = solo_rules(base, protocol)
         self.prompts: list[list[int]] = []
         self.problems: list[str] = []
         self.trajectories: dict[int, _Trajectory] = {}
@@ -245,9 +245,7 @@ class _Collection:
                 tick=self.tick,
                 start=start,
                 stop=start + written,
-                spans=[
-                    (start + min(a, written), start + min(b, written)) for a, b in answer.spans
-                ],
+                spans=[(start + min(a, written), start + min(b, written)) for a, b in answer.spans],
             )
         )
         trajectory.turn += 1
@@ -284,18 +282,6 @@ class _Collection:
             self.on_group(complete)
 
 
-def _foreign_tokens(
-    sampler: Sampler, protocol: ConsultProtocol | None, scheduler: ConsultScheduler | None
-) -> int:
-    """Return the most tokens that replies can add to one rollout."""
-    if protocol is None or scheduler is None or sampler.vocabulary is None:
-        return 0
-    texts = [*protocol.tags, *protocol.notices.values()]
-    written = sum(len(sampler.vocabulary.encode(t)) for t in texts)
-    replies = protocol.max_queries * (scheduler.policy.max_reply_tokens + written)
-    return (protocol.max_turns - 1) * replies
-
-
 def segments_of(mask: NDArray[np.uint8], kinds: Sequence[SegmentKind]) -> list[Segment]:
     """Cut [N] tokens at the borders of the mask; the i-th masked run has the kind `kinds[i]`."""
     borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
@@ -313,18 +299,3 @@ def segments_of(mask: NDArray[np.uint8], kinds: Sequence[SegmentKind]) -> list[S
 def _checked(reason: str) -> FinishReason:
     allowed: tuple[FinishReason, ...] = ("stop", "length", "turns", "error")
     return next(r for r in allowed if r == reason)
-
-
-def _consult_rules(base: Rules, protocol: ConsultProtocol | None) -> Rules:
-    return dataclasses.replace(base, park=(protocol.close_tag,)) if protocol else base
-
-
-def _solo_rules(base: Rules, protocol: ConsultProtocol | None) -> Rules:
-    """No consult: the opening tag is banned, a stray closing tag ends the rollout."""
-    if protocol is None:
-        return base
-    return dataclasses.replace(
-        base,
-        park=(protocol.close_tag,),
-        banned_strings=(*base.banned_strings, protocol.open_tag),
-    )

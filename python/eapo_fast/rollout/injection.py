@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from eapo_fast.engine import Vocabulary
 from eapo_fast.experts import ConsultResult, escape_tags
@@ -43,7 +44,9 @@ def compose(
     query = 0
     for index, piece in enumerate(pieces):
         if piece.origin == "reply":
-            written, done[query] = _reply(vocabulary, protocol, piece, done[query], max_reply_tokens)
+            written, done[query] = _reply(
+                vocabulary, protocol, piece, done[query], max_reply_tokens
+            )
             ids += written
         else:
             ids += vocabulary.encode(piece.text)
@@ -65,9 +68,7 @@ def _spans(
     if not advised:
         return [(0, borders[-1])] + [(borders[-1], borders[-1])] * (count - 1) if count else []
     first = len(vocabulary.encode(protocol.advice_tags[0]))
-    return [
-        (max(first, start), stop) for start, stop in zip(borders, borders[1:], strict=False)
-    ]
+    return [(max(first, start), stop) for start, stop in pairwise(borders)]
 
 
 def _reply(

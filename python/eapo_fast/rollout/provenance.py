@@ -46,10 +46,16 @@ def consult_lines(
         for start, stop in injection.spans:
             request, result = next(consults)
             line = {"kind": "consult", "id": _name(place, request), **place}
-            yield line | _asked(request, result) | _came(result) | where | {
-                **_span(rollout, start, stop),
-                "leak": next(flags),
-            }
+            yield (
+                line
+                | _asked(request, result)
+                | _came(result)
+                | where
+                | {
+                    **_span(rollout, start, stop),
+                    "leak": next(flags),
+                }
+            )
 
 
 def spans_of(rollout: Rollout) -> list[tuple[int, int]]:

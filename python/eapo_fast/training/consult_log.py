@@ -77,24 +77,3 @@ class ConsultLog:
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(self.path)
-
-
-def read_consults(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `consults.jsonl`; a torn tail is left out. DataError names a damaged line."""
-    try:
-        texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}): a run writes it at its first consult"
-        ) from None
-    lines = []
-    for number, text in enumerate(texts, 1):
-        if not text:
-            continue
-        try:
-            lines.append(unsealed(text))
-        except DataError as error:
-            if number == len(texts):
-                break
-            raise DataError(f"{path}, line {number}: {error}") from None
-    return lines

@@ -74,12 +74,13 @@ def hit_by_failure(rollouts: Sequence[Rollout], args: EAPOConfig) -> list[bool]:
     return [r.group_id in groups for r in rollouts]
 
 
-def leak_flags(
-    rollouts: Sequence[Rollout], golds: Sequence[Any]
-) -> list[list[bool | None]]:
+def leak_flags(rollouts: Sequence[Rollout], golds: Sequence[Any]) -> list[list[bool | None]]:
     """Return for each consult whether its reply states the gold answer; None: there is no gold."""
     return [
-        [None if gold is None else c.accepted and states_answer(c.text, str(gold)) for c in r.consults]
+        [
+            None if gold is None else c.accepted and states_answer(c.text, str(gold))
+            for c in r.consults
+        ]
         for r, gold in zip(rollouts, golds, strict=True)
     ]
 

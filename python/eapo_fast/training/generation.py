@@ -93,9 +93,7 @@ def generate(
     with phases.measure("reward"):
         scores = [s for index in range(len(rows)) for s in futures[index].result()]
     hit = hit_by_failure(rollouts, args)
-    valid = [
-        _valid(r, s, args) and not h for r, s, h in zip(rollouts, scores, hit, strict=True)
-    ]
+    valid = [_valid(r, s, args) and not h for r, s, h in zip(rollouts, scores, hit, strict=True)]
     golds = [dataset[rows[r.group_id]].get("answer") for r in rollouts]
     trained = _filtered(scores, valid, args.num_generations, recipe)
     return Generation(

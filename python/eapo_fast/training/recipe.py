@@ -6,7 +6,6 @@ from typing import Any
 
 from eapo_fast import recipes
 from eapo_fast.config import EAPOConfig
-from eapo_fast.errors import ConfigError
 from eapo_fast.recipes import Recipe
 
 _LOSS_TYPES: dict[str, dict[str, Any]] = {
@@ -24,8 +23,7 @@ def resolve_recipe(args: EAPOConfig) -> Recipe:
     """Return the recipe with `args`' overrides.
 
     Raises:
-        ConfigError: unknown name, a combination that the recipe cannot take, or a recipe that reads
-            more than an update gathers.
+        ConfigError: unknown name, or a combination that the recipe cannot take.
     """
     base = recipes.get(args.recipe) if isinstance(args.recipe, str) else args.recipe
     changes: dict[str, Any] = {
@@ -41,31 +39,4 @@ def resolve_recipe(args: EAPOConfig) -> Recipe:
         changes["scale"] = _SCALES[str(args.scale_rewards)]
     if base.max_length is None:
         changes["max_length"] = args.max_completion_length
-    recipe = base.replace(**changes)
-    check_trainable(recipe)
-    return recipe
-
-
-def check_trainable(recipe: Recipe) -> None:
-    """Raise `ConfigError` for a recipe that needs more than the trainer hands to the loss.
-
-    An update has log-probabilities, entropies and one advantage a rollout, micro-batch by
-    micro-batch.
-    """
-    if recipe.stats:
-        raise ConfigError(
-            f"recipe: {recipe.name!r} reads {', '.join(recipe.stats)} of every token, which the "
-            "trainer does not gather; ops.policy_loss takes them in stats"
-        )
-    if recipe.whiten or recipe.gamma != 1:
-        raise ConfigError(
-            f"recipe: {recipe.name!r} has advantages of single tokens (whiten, gamma), and the "
-            "trainer has one a rollout; ops.token_advantages and ops.policy_loss take them"
-        )
-    whole = recipe.locality == "batch-global" or recipe.entropy_band is not None
-    if whole and recipe.scope == "batch":
-        raise ConfigError(
-            f"recipe: {recipe.name!r} compares tokens of the whole batch before the first backward "
-            "pass, which the trainer does not do; for statistics of each micro-batch, pass "
-            f"recipe=recipes.get({recipe.name!r}).replace(scope='micro_batch')"
-        )
+    return base.replace(**changes)

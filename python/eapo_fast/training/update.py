@@ -7,6 +7,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from eapo_fast.rollout import Rollout
 from eapo_fast.training.optimizer import LearningRate, build_optimizer
 from eapo_fast.training.packing import MicroBatch, micro_batches
 from eapo_fast.training.policy import Policy
+from eapo_fast.training.statistics import TokenStatistics, with_token_advantages
 
 _DEFAULT_TOKENS = 16384
 
@@ -52,6 +54,14 @@ class Updater:
         self.optimizer = build_optimizer(model, args)
         self.reference = _frozen_copy(model) if recipe.beta else None
         self.temperature = args.temperature / self.policy.logit_scale
+        self.statistics = TokenStatistics(recipe, self._token_statistics)
+
+    def observe(self, rollouts: Sequence[Rollout]) -> None:
+        """Take what the recipe needs of the policy that sampled `rollouts`: before any update."""
+        if self.statistics.of_sampling and rollouts:
+            self.model.train()
+            batches = self._micro_batches(rollouts, [0.0] * len(rollouts))
+            self.statistics.observe(batches, rollouts)
 
     def step(
         self, rollouts: Sequence[Rollout], advantages: Sequence[float], step: int
@@ -73,12 +83,15 @@ class Updater:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            metrics |= self._backward(rollouts, advantages)
+            metrics |= self._backward(rollouts, advantages, step)
         except NonFiniteError as error:
             warnings.warn(f"step {step} changes nothing: {error}", RuntimeWarning, stacklevel=2)
             self.optimizer.zero_grad(set_to_none=True)
             return metrics | {"loss": math.nan, "grad_norm": math.nan, "skipped": 1.0}
-        return metrics | self._apply(metrics["loss"], step)
+        applied = self._apply(metrics["loss"], step)
+        if not applied["skipped"]:
+            self.statistics.done(metrics)
+        return metrics | applied
 
     @property
     def token_budget(self) -> int:
@@ -86,26 +99,37 @@ class Updater:
         return self.args.micro_batch_tokens or _DEFAULT_TOKENS
 
     def _backward(
-        self, rollouts: Sequence[Rollout], advantages: Sequence[float]
+        self, rollouts: Sequence[Rollout], advantages: Sequence[float], step: int = 1
     ) -> dict[str, float]:
         num_tokens = sum(r.num_policy_tokens for r in rollouts)
         num_sequences = sum(r.num_policy_tokens > 0 for r in rollouts)
         parts: defaultdict[str, list[Tensor]] = defaultdict(list)
-        for batch in micro_batches(
-            rollouts,
-            advantages,
-            token_budget=self.token_budget,
-            device=self.policy.device,
-        ):
+        batches = with_token_advantages(self._micro_batches(rollouts, advantages), self.recipe)
+        stats = self.statistics.of_batch(batches, rollouts, step)
+        for batch, own in zip(batches, stats, strict=True):
             with self.policy.attention(batch.row):  # type: ignore[attr-defined]
-                output = self._loss(batch, num_tokens, num_sequences)
+                output = self._loss(batch, own, num_tokens, num_sequences)
                 output.loss.backward()
             parts["loss"].append(output.loss.detach())
             for name, value in output.metrics.items():
                 parts[_TRL_NAMES.get(name, name)].append(value)
         return {name: _combined(name, values) for name, values in parts.items()}
 
-    def _loss(self, batch: MicroBatch, num_tokens: int, num_sequences: int) -> ops.LossOutput:
+    def _micro_batches(
+        self, rollouts: Sequence[Rollout], advantages: Sequence[float]
+    ) -> list[MicroBatch]:
+        found = micro_batches(
+            rollouts, advantages, token_budget=self.token_budget, device=self.policy.device
+        )
+        return list(found)
+
+    def _loss(
+        self,
+        batch: MicroBatch,
+        stats: dict[str, Tensor],
+        num_tokens: int,
+        num_sequences: int,
+    ) -> ops.LossOutput:
         hidden = self._hidden(self.policy, batch)
         return ops.linear_policy_loss(
             hidden,
@@ -116,6 +140,7 @@ class Updater:
                 advantages=batch.advantages,
                 cu_seqlens=batch.cu_targets,
                 ref_logprob=self._reference_logprobs(batch),
+                stats=stats,
                 num_tokens=num_tokens,
                 num_sequences=num_sequences,
             ),
@@ -132,21 +157,29 @@ class Updater:
             hidden = policy.hidden(batch.input_ids, batch.position_ids, batch.row)
         return hidden.index_select(0, batch.rows).to(policy.weight.dtype)
 
-    @torch.no_grad()
     def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
         if self.reference is None:
             return None
-        with self.reference.attention(batch.row):  # type: ignore[attr-defined]
-            hidden = self._hidden(self.reference, batch)
+        return self._token_statistics(batch, self.reference).logprob
+
+    @torch.no_grad()
+    def _token_statistics(
+        self, batch: MicroBatch, policy: Policy | None = None, **settings: Any
+    ) -> ops.TokenStats:
+        """Return statistics of the targets under a policy; None: the one that is trained."""
+        policy = policy or self.policy
+        with policy.attention(batch.row):  # type: ignore[attr-defined]
+            hidden = self._hidden(policy, batch)
         return ops.linear_token_stats(
             hidden,
-            self.reference.weight,
+            policy.weight,
             batch.targets,
-            bias=self.reference.bias,
+            bias=policy.bias,
             temperature=self.temperature,
-            softcap=self.reference.softcap,
+            softcap=policy.softcap,
             banned=batch.banned,
-        ).logprob
+            **settings,
+        )
 
     def _apply(self, loss: float, step: int) -> dict[str, float]:
         trainable = [p for p in self.model.parameters() if p.grad is not None]

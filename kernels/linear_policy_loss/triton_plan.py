@@ -1,0 +1,131 @@
+"""The order of work on a GPU: no row is gathered, and nothing waits for a number of rows.
+
+Masked-in rows are a list on the device. A token-local recipe takes it slab by slab: logits, one
+launch from statistics to logit gradients, products over the rows that have one. Recipes that look
+at sequences do the same if one slab holds the batch, and read all rows first if not. Batch-global
+recipes too, but their statistics are plain torch, which does wait.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eapo_fast.kernels.linear_policy_loss.plans import Wanted, check_scale, scalable
+from eapo_fast.kernels.linear_token_stats.finite import check_finite
+from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
+from eapo_fast.kernels.policy_loss import reference, triton_kernel
+from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch
+from eapo_fast.kernels.policy_loss.rows import norm_length, trained_rows
+from eapo_fast.recipes import Recipe
+
+
+def run(
+    head: TritonHead, batch: PolicyBatch, recipe: Recipe, plan: str, wanted: Wanted
+) -> LossOutput:
+    """Return the detached loss of `recipe`, and leave its gradients in `head`."""
+    count = len(head.targets)
+    chosen = choose_plan(plan, recipe, wanted, count, head.slab_rows(keep=True))
+    step = count if chosen == "whole" else head.slab_rows(keep=True)
+    slabs = [(i, min(i + step, count)) for i in range(0, count, step)] if count else []
+    program = program_of(batch, recipe) if chosen == "rows" else None
+    for start, stop in slabs:
+        head.read(start, stop, keep=chosen != "prepass", program=program)
+        if chosen == "rows":
+            head.accumulate(start, stop)
+        elif chosen == "scale":
+            head.a.fill_(1.0)
+            head.differentiate(start, stop)
+    _check(head)
+    found = loss_of(head, batch, recipe)
+    if chosen in ("prepass", "whole"):
+        head.a.copy_(found.a)
+        head.b.copy_(found.b)
+    for start, stop in slabs if chosen == "prepass" else ():
+        head.logits(start, stop)
+        head.differentiate(start, stop)
+    if chosen == "whole" and count:
+        head.differentiate(0, count)
+    if chosen == "scale":
+        head.scale_hidden(found.a)
+    return found
+
+
+def choose_plan(plan: str, recipe: Recipe, wanted: Wanted, count: int, most: int) -> str:
+    """Return "read" (no gradients), "rows", "whole", "prepass" or "scale".
+
+    Raises `ValueError` for a plan that cannot give these gradients.
+    """
+    if not any(wanted):
+        return "read"
+    if plan == "scale":
+        check_scale(recipe, wanted)
+    if plan in ("scale", "prepass"):
+        return plan
+    if recipe.locality == "token-local" and recipe.entropy_band is None:
+        return "rows"
+    if plan == "slab" or count <= most:
+        return "whole"
+    return "scale" if scalable(recipe, wanted) else "prepass"
+
+
+def loss_of(head: TritonHead, batch: PolicyBatch, recipe: Recipe) -> LossOutput:
+    """Return the loss of rows that have been read."""
+    if recipe.locality != "batch-global" and recipe.entropy_band is None:
+        return triton_kernel.policy_loss(head.logprob, head.entropy, batch, recipe)
+    rows = trained_rows(batch, recipe, torch.float32)
+    return reference.policy_loss(rows, recipe, rows.gather(head.logprob), rows.gather(head.entropy))
+
+
+def program_of(batch: PolicyBatch, recipe: Recipe) -> dict[str, Any]:
+    """Return what `run_rows` needs for the token program: by row, for all rows, and constants."""
+    cu_seqlens = batch.cu_seqlens.long().contiguous()
+    sequences, count = len(cu_seqlens) - 1, len(batch.old_logprob)
+    place = torch.arange(count, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], place, right=True)
+    advantages = batch.advantages.float()
+    factor = (batch.stats or {}).get("weight")
+    least, most, delta = triton_kernel.bounds_of(recipe)
+    found: dict[str, Any] = {
+        "old_logprob": batch.old_logprob.float().contiguous(),
+        "advantages": advantages[sequence] if len(advantages) == sequences else advantages,
+        "weights": _weights(batch, recipe, cu_seqlens)[sequence],
+        **triton_kernel.constants_of(recipe),
+        "least": least,
+        "most": most,
+        "delta": delta,
+        "beta": float(recipe.beta),
+        "entropy_coef": float(recipe.entropy_coef),
+        "PROGRAM": True,
+        "FACTOR": factor is not None,
+        "REFERENCE": batch.ref_logprob is not None,
+    }
+    optional = {"factor": factor, "ref_logprob": batch.ref_logprob}
+    found |= {name: x.float().contiguous() for name, x in optional.items() if x is not None}
+    return found
+
+
+def _weights(batch: PolicyBatch, recipe: Recipe, cu_seqlens: Tensor) -> Tensor:
+    """Return the share of a token of each sequence in the loss [S]."""
+    mask = None if batch.mask is None else (batch.mask != 0).contiguous()
+    tokens, sequences = triton_kernel.counts_of(batch, mask, cu_seqlens).unbind()
+    lengths = cu_seqlens.diff().float()
+    ones = torch.ones_like(lengths)
+    if recipe.aggregation == "token-mean":
+        return ones / tokens
+    if recipe.aggregation == "token-sum-norm":
+        return ones / norm_length(recipe)
+    if recipe.aggregation == "seq-mean-token-mean":
+        if mask is not None:
+            lengths = triton_kernel.live_of(mask, cu_seqlens)
+        return ones / (sequences * lengths.clamp(min=1))
+    norm = norm_length(recipe) if recipe.aggregation.endswith("-norm") else 1.0
+    return ones / (sequences * norm)
+
+
+def _check(head: TritonHead) -> None:
+    if head.targets.device.type == "cpu":
+        live = head.rows[: int(head.count)]
+        check_finite(head.entropy[live], live)

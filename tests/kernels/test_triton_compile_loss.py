@@ -1,0 +1,101 @@
+"""The Triton kernels of the losses compile for GPUs that are not here, one variant for all lengths.
+
+Hot kernels keep their values in registers: no stack at all for a row of logits and for a sequence
+of tokens, and none for products in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton_aot
+from triton_aot import Launch, compiled, recorded
+
+from eapo_fast import ops, recipes
+from eapo_fast.kernels.linear_policy_loss import triton_plan
+from eapo_fast.kernels.linear_token_stats import triton_kernel as heads
+from eapo_fast.kernels.linear_token_stats import triton_products as products
+from eapo_fast.kernels.policy_loss import triton_kernel as losses
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(triton_aot.interpreted(), reason="TRITON_INTERPRET is set"),
+]
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+
+def launches_of(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: int = 24,
+    plan: str = "auto",
+    vocab: int = 1024,
+    chunk: int = 16,
+    **changes: Any,
+) -> list[Launch]:
+    """Launches of one loss with gradients."""
+    recipe = recipes.get(name).replace(**changes)
+    batch = ops.PolicyBatch(
+        old_logprob=torch.zeros(rows),
+        advantages=torch.ones(2),
+        cu_seqlens=torch.tensor([0, 9, rows]),
+        mask=torch.ones(rows, dtype=torch.bool),
+        ref_logprob=torch.zeros(rows) if recipe.beta else None,
+    )
+    wanted = (True, True, False)
+    with recorded(heads, products, losses) as launches:
+        assert batch.mask is not None
+        head = heads.TritonHead(
+            torch.zeros(rows, 64, dtype=dtype), torch.zeros(vocab, 64, dtype=dtype),
+            torch.zeros(rows, dtype=torch.int64), bias=None, temperature=0.7, softcap=None,
+            vocab_size=vocab, banned=None, chunk_size=chunk, wanted=wanted,
+            live=products.listed(batch.mask),
+        )  # fmt: skip
+        head.logprob, head.entropy = torch.zeros(rows), torch.zeros(rows)
+        triton_plan.run(head, batch, recipe, plan, wanted)
+    return launches
+
+
+def variants(launches: Sequence[Launch]) -> set[str]:
+    return {triton_aot.variant(launch) for launch in launches}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_linear_policy_loss(dtype: torch.dtype, capability: int) -> None:
+    launches = launches_of("eapo", dtype=dtype, entropy_coef=0.01, beta=0.1, delta=2.0)
+    by_variant = {triton_aot.variant(launch): launch for launch in launches}
+    names = {launch.name for launch in by_variant.values()}
+    assert names == {"logits", "run_rows", "to_hidden", "to_weight", "evaluate", "count_live"}
+    for launch in by_variant.values():
+        found = compiled(launch, capability)
+        assert found.shared <= SHARED_LIMIT[capability], launch.name
+        assert ".f64" not in found.ptx, launch.name
+        if launch.name in ("run_rows", "evaluate", "count_live") or dtype == torch.bfloat16:
+            assert found.stack == 0, launch.name
+        if launch.name in ("logits", "to_hidden", "to_weight") and dtype == torch.bfloat16:
+            assert "wgmma" in found.ptx or "mma.sync.aligned.m16n8k16" in found.ptx
+
+
+@pytest.mark.parametrize("name", ["gspo", "gmpo"])
+def test_sequence_level_recipes(name: str) -> None:
+    launches = launches_of(name, plan="prepass")
+    (evaluate,) = (launch for launch in launches if launch.name == "evaluate")
+    found = compiled(evaluate, 90)
+    assert found.stack == 0
+    assert ".f64" not in found.ptx
+
+
+@pytest.mark.parametrize("name", ["eapo", "gspo"])
+def test_lengths_do_not_recompile(name: str) -> None:
+    want = variants(launches_of(name, rows=24, chunk=16))
+    for rows in range(25, 75):
+        assert variants(launches_of(name, rows=rows, chunk=16)) <= want
