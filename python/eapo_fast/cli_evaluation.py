@@ -41,11 +41,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_eval(commands: Any) -> None:
-    text = "measure a model on a JSONL file: mean@n, any@k, maj@n, Var with 95 % intervals"
+    text = "measure a model on a JSONL file: mean@n, any@k, maj@n, Var with their intervals"
     parser = command(
         commands,
         "eval",
-        text.replace("%", "%%"),
+        text,
         epilog="An interrupted evaluation continues when the same command is given again.",
     )
     add = parser.add_argument
