@@ -7,6 +7,8 @@ is copied or patched: training keeps its own attention.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -90,12 +92,40 @@ _current: ContextVar[_Running | None] = ContextVar("eapo_paged_step", default=No
 def attention_as(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Run the model with another registered attention function; its own is back afterwards."""
     config = model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = name
+    with turn_of(config):
+        before = config._attn_implementation
+        try:
+            config._attn_implementation = name
+            yield
+        finally:
+            _set_attention(config, before)
+
+
+def _set_attention(config: Any, name: str) -> None:
+    """Set it even if an interrupt comes in between: transformers' setter is slow."""
     try:
-        yield
-    finally:
-        config._attn_implementation = before
+        config._attn_implementation = name
+    except BaseException:
+        config._attn_implementation = name
+        raise
+
+
+_turns: dict[int, tuple[weakref.ref[Any], threading.RLock]] = {}
+_turns_lock = threading.Lock()
+
+
+def turn_of(config: Any) -> threading.RLock:
+    """Return the lock of a text configuration: forwards in several threads take turns.
+
+    Models that were built from one configuration object share its attention function.
+    """
+    with _turns_lock:
+        held = _turns.get(id(config))
+        if held is None or held[0]() is not config:
+            for key in [k for k, (owner, _) in _turns.items() if owner() is None]:
+                del _turns[key]
+            held = _turns[id(config)] = weakref.ref(config), threading.RLock()
+        return held[1]
 
 
 @contextmanager
@@ -153,7 +183,10 @@ def _attend(
     """Attention function of transformers: q [1, H, T, D], k, v [1, Hkv, T, D] -> [1, T, H, Dv]."""
     running = _current.get()
     if running is None:
-        raise ModelError(f"{NAME} attention was called outside of a sampling step")
+        raise ModelError(
+            f"{type(module).__name__} was run by another thread while it is sampled: wait until "
+            f"the sampling call is over, or give that thread a model (and config) of its own"
+        )
     _refuse(module, attention_mask, others)
     step = running.step
     call = running.calls.key(module)

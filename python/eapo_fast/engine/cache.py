@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -87,5 +89,9 @@ def memory_budget(device: torch.device) -> int:
 
 
 def host_memory_budget() -> int:
-    """Return a quarter of the free RAM, bytes."""
+    """Return a quarter of the RAM that is free or can be had at once, bytes."""
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // 4
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 4

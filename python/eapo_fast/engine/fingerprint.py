@@ -5,12 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from eapo_fast.engine.mode import compute_dtype
 
 _OWN_OF_MODULES = frozenset(vars(torch.nn.Module()))
 """Train mode (sampling sets it) and the tables of parameters, children and hooks."""
+
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def structure(model: PreTrainedModel) -> object:
@@ -47,11 +59,17 @@ def switches(model: torch.nn.Module) -> object:
 
 
 def weights(model: torch.nn.Module) -> object:
-    """Return what changes with the weights, as far as torch counts it.
+    """Return what changes with the weights and buffers, as far as that can be seen.
 
-    It counts changes in place, unless they are made through `.data`; every optimizer's are counted.
+    torch counts changes in place, unless they are made through `.data`. Fused optimizers are not
+    counted either, so the steps of all optimizers of the process are counted here.
     """
-    return tuple((p.data_ptr(), p._version) for p in model.parameters())
+    tensors = (*model.parameters(), *model.buffers())
+    return _optimizer_steps, tuple((x.data_ptr(), _version(x)) for x in tensors)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # torch does not count there
 
 
 def _plain(value: Any) -> object:

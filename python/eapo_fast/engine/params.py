@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from operator import index
 from typing import Literal
 
 from eapo_fast.errors import ConfigError
@@ -23,7 +24,8 @@ class SamplerConfig:
     max_batch: int = 256
     """Rows decoded at once; parked rows don't count."""
     max_prefill_tokens: int = 2048
-    """Prompt and injected tokens that may join the decode rows in one step."""
+    """One step takes `max_batch + max_prefill_tokens` tokens at most: decode rows first, then
+    injected tokens, then prompts."""
     prefix_cache: bool = True
     """Reuse the KV of prompts and turns that begin alike, as long as the weights stay."""
     host_blocks: int | None = None
@@ -36,12 +38,12 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_batch", "max_prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, allowed is 1 or more")
-        if self.num_blocks is not None and self.num_blocks < 2:
-            raise ConfigError(f"num_blocks: got {self.num_blocks}, allowed is 2 or more, or None")
-        if self.host_blocks is not None and self.host_blocks < 0:
-            raise ConfigError(f"host_blocks: got {self.host_blocks}, allowed is 0 or more, or None")
+            if not _is_count(getattr(self, name), 1, _INT32):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, allowed is 1 to {_INT32}")
+        for name, least in (("num_blocks", 2), ("host_blocks", 0)):
+            given = getattr(self, name)
+            if given is not None and not _is_count(given, least, _INT32):
+                raise ConfigError(f"{name}: got {given!r}, allowed is {least} to {_INT32}, or None")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,6 @@ class SamplingParams:
     """Most tokens sampled per completion."""
     temperature: float = 1.0
     """0 is greedy."""
-    temperature_schedule: Sequence[float] = ()
-    """Temperature of the first, second, ... sampled token; the last holds for the rest. Empty:
-    `temperature` throughout."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 is off."""
     top_p: float = 1.0
@@ -73,28 +72,69 @@ class SamplingParams:
     """Tokens that are never sampled."""
     banned_strings: Sequence[str] = ()
     """Strings that are never completed: the token that would complete one is banned."""
+    temperature_schedule: Sequence[float] = ()
+    """Temperature of the first, second, ... sampled token; the last holds for the rest. Empty:
+    `temperature` throughout."""
 
     def __post_init__(self) -> None:
+        for name in ("stop", "banned_strings"):
+            object.__setattr__(self, name, _strings(name, getattr(self, name)))
+        for name in ("stop_token_ids", "banned_token_ids"):
+            object.__setattr__(self, name, token_list(name, getattr(self, name)))
+        object.__setattr__(self, "temperature_schedule", _numbers(self.temperature_schedule))
         checks = (
-            ("max_tokens", self.max_tokens >= 1, "1 or more"),
-            ("temperature", _is_temperature(self.temperature), "0 (greedy) or more, finite"),
-            (
-                "temperature_schedule",
-                all(map(_is_temperature, self.temperature_schedule)),
-                "temperatures of 0 (greedy) or more, finite",
-            ),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "above 0, up to 1"),
-            ("min_p", 0.0 <= self.min_p < 1.0, "0 (off) up to below 1"),
-            ("n", self.n >= 1, "1 or more"),
-        )
+            ("max_tokens", _is_count(self.max_tokens, 1, _INT32), f"1 to {_INT32}"),
+            ("temperature", _is_temperature(self.temperature), _TEMPERATURES),
+            ("temperature_schedule", all(map(_is_temperature, self.temperature_schedule)),
+             f"temperatures of {_TEMPERATURES}"),
+            ("top_k", _is_count(self.top_k, 0, _INT32), f"0 (off) to {_INT32}"),
+            ("top_p", _is_number(self.top_p) and _LEAST <= self.top_p <= 1.0, "above 0, up to 1"),
+            ("min_p", _is_number(self.min_p) and 0.0 <= self.min_p < 1.0, "0 (off) up to below 1"),
+            ("n", _is_count(self.n, 1, _INT32), f"1 to {_INT32}"),
+            ("seed", _is_count(self.seed, 0, _UINT64), f"an integer from 0 to {_UINT64}"),
+        )  # fmt: skip
         for name, good, allowed in checks:
             if not good:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, allowed is {allowed}")
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, allowed is {allowed}")
 
 
-def _is_temperature(value: float) -> bool:
-    return math.isfinite(value) and value >= 0.0
+_INT32, _UINT64 = (1 << 31) - 1, (1 << 64) - 1
+_LEAST, _MOST = 1.2e-38, 3.4e38
+"""Smallest positive (normal) and largest float32: what the kernels compute in."""
+_TEMPERATURES = "0 (greedy), or 1.2e-38 to 3.4e38"
+
+
+def token_list(name: str, ids: Iterable[int]) -> tuple[int, ...]:
+    """Return token ids as plain integers; raises `ConfigError` that names the argument."""
+    try:
+        return tuple(index(i) for i in ids)
+    except TypeError:
+        raise ConfigError(f"{name}: got {ids!r:.80}, allowed are token ids (integers)") from None
+
+
+def _strings(name: str, given: str | Iterable[str]) -> tuple[str, ...]:
+    """Return distinct strings in their order; a lone string is one of them."""
+    strings = (given,) if isinstance(given, str) else tuple(given)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ConfigError(f"{name}: got {string!r}, allowed are strings that are not empty")
+    return tuple(dict.fromkeys(strings))
+
+
+def _numbers(given: Iterable[float]) -> tuple[float, ...]:
+    return (given,) if _is_number(given) else tuple(given)  # type: ignore[return-value]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_count(value: object, least: int, most: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_temperature(value: object) -> bool:
+    return _is_number(value) and (value == 0.0 or _LEAST <= value <= _MOST)  # type: ignore[operator]
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class WeightsVersion:
     """Notices that a model computes something else than before: other weights, configuration,
     autocast, adapters, or scales.
 
-    torch counts in-place changes of a tensor made outside `.data`; every optimizer's are.
+    Unseen are weights that are written through `.data`, or by another process.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

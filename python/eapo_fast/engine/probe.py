@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from eapo_fast.engine.attention import CHANGES_SCORES, CallCounter, CallKey, attention_as
+from eapo_fast.errors import ModelError
 
 NAME = "eapo_probe"
 
@@ -95,18 +96,21 @@ def _record_call(
 ) -> tuple[Tensor, None]:
     """Attention function of transformers that notes its arguments and returns zeros."""
     recording = _recording.get()
-    if recording is not None:
-        window, problem = _seen(recording, module, attention_mask, sliding_window or 0, others)
-        call = AttentionCall(
-            key=recording.counter.key(module),
-            module=module,
-            kv_heads=key.shape[1],
-            width=max(key.shape[-1], value.shape[-1]),
-            window=window,
-            told=sliding_window or 0,
-            problem=problem,
+    if recording is None:
+        raise ModelError(
+            f"{type(module).__name__} was run by another thread while the sampler tries it out"
         )
-        recording.calls.append(call)
+    window, problem = _seen(recording, module, attention_mask, sliding_window or 0, others)
+    call = AttentionCall(
+        key=recording.counter.key(module),
+        module=module,
+        kv_heads=key.shape[1],
+        width=max(key.shape[-1], value.shape[-1]),
+        window=window,
+        told=sliding_window or 0,
+        problem=problem,
+    )
+    recording.calls.append(call)
     return value.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[-1]), None
 
 

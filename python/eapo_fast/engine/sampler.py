@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +16,7 @@ from eapo_fast.engine.fused import fused_modules
 from eapo_fast.engine.graphs import DecodeGraphs
 from eapo_fast.engine.limits import context_limit, vocab_size
 from eapo_fast.engine.mode import compute_dtype, sampling_mode
-from eapo_fast.engine.params import Completion, SamplerConfig, SamplingParams
+from eapo_fast.engine.params import Completion, SamplerConfig, SamplingParams, token_list
 from eapo_fast.engine.pool import Pool, WeightsVersion, affordable_blocks, host_blocks
 from eapo_fast.engine.session import Rules, Session
 from eapo_fast.engine.support import PagedModel, paged_model
@@ -32,6 +33,10 @@ COUNTERS = (
 )
 """What a sampler counts: rows that lost their slot or KV, tokens computed as prefill (prompts,
 replies, what was dropped) and as decode, tokens found in the prefix cache, blocks moved out."""
+
+
+_EXPLICIT = 4
+"""Whoever names the size of the pool may take all of the free memory, not a quarter."""
 
 
 class Sampler:
@@ -54,18 +59,19 @@ class Sampler:
         tokenizer: Any | None = None,
         config: SamplerConfig | None = None,
     ) -> None:
-        self.model = model
+        self.model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        model = self.model
         self.config = config or SamplerConfig()
         self.vocab_size = vocab_size(model)
         self.vocabulary = Vocabulary(tokenizer, self.vocab_size) if tokenizer else None
         token_bytes = self.vocabulary.token_bytes if self.vocabulary else [b""] * self.vocab_size
         self._token_bytes = _core.Vocabulary(token_bytes)
-        self.eos_token_ids = _eos_ids(model)
         self.max_context = context_limit(model)
         self._pool: Pool | None = None
         self._graphs: tuple[Pool, DecodeGraphs] | None = None
         self._weights = WeightsVersion(model)
         self._counts: Counter[str] = Counter()
+        self._alone = threading.Lock()
         use_torch_threads()
 
     def generate(
@@ -93,10 +99,12 @@ class Sampler:
                 that the model does not have, a pool too small for one completion.
             ModelError: the model cannot run on paged attention.
         """
-        names = range(len(prompts)) if prompt_ids is None else prompt_ids
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ConfigError(f"params: got {len(each)} for {len(prompts)} prompts")
+        prompts = _token_lists(prompts)
+        names = range(len(prompts)) if prompt_ids is None else token_list("prompt_ids", prompt_ids)
+        each = _of_each(params, len(prompts))
+        for name, given in (("params", each), ("prompt_ids", names)):
+            if len(given) != len(prompts):  # type: ignore[arg-type]
+                raise ConfigError(f"{name}: got {len(given)} for {len(prompts)} prompts")  # type: ignore[arg-type]
         if not prompts:
             return []
         with self.session(prompts, each) as session:
@@ -107,6 +115,11 @@ class Sampler:
             while session.unfinished:
                 session.step()
             return [[_completion(session, seq) for seq in group] for group in groups]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end every row, by the model's present `generation_config`."""
+        return _eos_ids(self.model)
 
     def rules_of(self, params: SamplingParams) -> Rules:
         """Return the rules that `params` and the model's EOS ids ask for."""
@@ -125,7 +138,7 @@ class Sampler:
         """Let no cached prefix match from now on.
 
         Needed after weights were changed behind autograd's back (through `.data`, or by another
-        process); updates that torch counts, as every optimizer's, are noticed at the next call.
+        process); changes in place and steps of torch's optimizers are noticed at the next call.
         """
         if self._pool is not None:
             self._pool.blocks.advance_epoch()
@@ -150,7 +163,28 @@ class Sampler:
             params: give n and max_tokens; one for all, or one for each prompt.
             foreign_tokens: most injected tokens of a row; a single row always fits the pool.
         """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        mine = False
+        try:
+            mine = self._alone.acquire(blocking=False)
+            if not mine:
+                raise ConfigError(
+                    "this Sampler is in use (by another thread, or further up): one session at a "
+                    "time. Make a second Sampler over the same model"
+                )
+            with self._open(prompts, params, foreign_tokens) as session:
+                yield session
+        finally:
+            if mine:
+                self._alone.release()
+
+    @contextmanager
+    def _open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        foreign_tokens: int,
+    ) -> Iterator[Session]:
+        each = _of_each(params, len(prompts))
         self._check_prompts(prompts)
         paged = paged_model(self.model, self.config.block_size)
         pool = self._reserve([len(p) for p in prompts], each, foreign_tokens, paged)
@@ -207,14 +241,23 @@ class Sampler:
             min(n + p.max_tokens, self.max_context) for n, p in zip(lengths, params, strict=True)
         ]
         longest = max(own, default=1)
-        least = -(-min(longest + foreign, self.max_context) // size) + 2
+        whole = min(longest + foreign, self.max_context)
+        least = -(-whole // size) + 2
+        most = affordable_blocks(self.model, self._block_bytes(paged))
         if wanted is None:
-            most = affordable_blocks(self.model, self._block_bytes(paged))
             wanted = max(least, min(self._expected_blocks(lengths, params, foreign), most))
-        elif wanted * size < longest:
+        elif wanted * size < whole:
+            replies = f" and up to {foreign} injected ones" if foreign else ""
             raise ConfigError(
                 f"num_blocks: got {wanted} blocks of {size} tokens, but a prompt with its "
-                f"max_tokens needs {longest} tokens: allowed is {-(-longest // size)} or more"
+                f"max_tokens{replies} needs {whole} tokens: allowed is {-(-whole // size)} or "
+                f"more, or None"
+            )
+        elif wanted > _EXPLICIT * most and self._pool is None:
+            raise ConfigError(
+                f"num_blocks: got {wanted} blocks, which take "
+                f"{wanted * self._block_bytes(paged) / 1e9:.0f} GB; the memory that is free on "
+                f"{self.model.device} holds {_EXPLICIT * most}. None takes what is needed"
             )
         kind = compute_dtype(self.model), self.model.device
         pool = self._pool
@@ -264,10 +307,31 @@ def _completion(session: Session, seq: int) -> Completion:
     )
 
 
+def _of_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    """Return the parameters of every prompt."""
+    each = [params] * count if isinstance(params, SamplingParams) else list(params or ())
+    for one in each:
+        if not isinstance(one, SamplingParams):
+            raise ConfigError(f"params: got {one!r:.80}, allowed is SamplingParams or a list of it")
+    return each
+
+
+def _token_lists(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return prompts (also arrays and tensors) as lists of integers."""
+    lists: list[list[int]] = []
+    for place, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or not hasattr(prompt, "__iter__"):
+            raise ConfigError(
+                f"prompt {place}: got {prompt!r:.80}, want a list of token ids for each prompt"
+            )
+        plain = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        lists.append(list(token_list(f"prompt {place}", plain)))
+    return lists
+
+
 def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    if ids is None:
-        ids = model.config.eos_token_id
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+    """Return the ids that end `generate`; negative ones, which switch EOS off, are none."""
+    generation = getattr(model, "generation_config", None)
+    ids = (generation or model.config).eos_token_id
+    listed = ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+    return tuple(int(i) for i in listed if i >= 0)

@@ -93,14 +93,20 @@ class Session:
         self.unfinished: set[int] = set()
 
     def rules(self, rules: Rules) -> int:
-        """Return the scheduler's handle of `rules`."""
+        """Return the scheduler's handle of `rules`.
+
+        Of one string in several places the ban counts first, then the stop.
+        """
         if rules not in self._rules:
+            banned = dict.fromkeys(rules.banned_strings)
+            stop = [text for text in dict.fromkeys(rules.stop) if text not in banned]
+            park = [text for text in dict.fromkeys(rules.park) if text not in {*banned, *stop}]
             self._rules[rules] = self.scheduler.add_rules(
                 list(rules.stop_token_ids),
-                patterns(rules.stop),
-                patterns(rules.park),
+                patterns(stop),
+                patterns(park),
                 list(rules.banned_token_ids),
-                patterns(rules.banned_strings),
+                patterns(list(banned)),
             )
         return self._rules[rules]
 
@@ -149,7 +155,7 @@ class Session:
             banned=(self._on_device(plan.ban_rows), self._on_device(plan.ban_ids)),
         )
         events = self.scheduler.commit(
-            tokens.cpu().numpy(), logprobs.cpu().numpy(), kept.cpu().numpy()
+            tokens.cpu().numpy(), logprobs.float().cpu().numpy(), kept.float().cpu().numpy()
         )
         self.unfinished.difference_update(e.seq for e in events if e.kind == "finished")
         seen = self._speed.saw(len(plan.input_ids), len(plan.seqs), time.perf_counter() - start)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eapo_fast.engine.attention import CallKey, PagedStep, paged_logits
+from eapo_fast.engine.attention import CallKey, PagedStep, paged_logits, turn_of
 from eapo_fast.engine.cache import PagedCache
 from eapo_fast.engine.fingerprint import structure
 from eapo_fast.engine.inspection import base_model, blockers, suspects
@@ -67,7 +67,7 @@ def paged_model(model: PreTrainedModel, block_size: int = 16) -> PagedModel:
     state = block_size, structure(model)
     tried = _tried.get(model)
     if tried is None or tried[0] != state:
-        with sampling_mode(model):
+        with turn_of(model.config.get_text_config()), sampling_mode(model):
             found = _try(model, block_size)
         if found.difference is None:
             return found
