@@ -30,7 +30,7 @@ class Amount(NamedTuple):
 
     def plus(self, other: Amount) -> Amount:
         """The sum, field by field."""
-        return Amount(*(a + b for a, b in zip(self, other, strict=True)))
+        return Amount(self[0] + other[0], self[1] + other[1], self[2] + other[2])
 
     def most(self, other: Amount) -> Amount:
         """The larger of the two, field by field."""
@@ -38,7 +38,7 @@ class Amount(NamedTuple):
 
     def minus(self, other: Amount) -> Amount:
         """The difference, field by field."""
-        return Amount(*(a - b for a, b in zip(self, other, strict=True)))
+        return Amount(self[0] - other[0], self[1] - other[1], self[2] - other[2])
 
 
 @dataclass(frozen=True, slots=True)
