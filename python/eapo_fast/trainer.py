@@ -167,12 +167,15 @@ class Trainer:
         self.control.should_training_stop = False
         self.scheduler = self.scheduler or self._new_scheduler()
         resumed = self._resume(resume_from_checkpoint)
+        if self.ledger.budgets:
+            self.ledger.keep_journal(self.output_dir / "ledger.jsonl", resumed=resumed)
         self._record = RunRecord(self, resumed)
         try:
             with self._record:
                 summary = self._run(resumed)
         finally:
             self.scheduler = None
+            self.ledger.close()
         return TrainOutput(self.state.global_step, self._record.mean_loss(), summary)
 
     def _run(self, resumed: bool) -> dict[str, Any]:

@@ -47,8 +47,8 @@ ENDS: dict[str, tuple[set[str], set[str]]] = {
     "slow_drip": ({"timeout"}, {"timeout"}),
     "cut_body": ({"down", "timeout"}, {"ok", "down"}),
     "wrong_length": ({"malformed", "down", "timeout"}, {"ok", "malformed", "down"}),
-    "rate_with_retry_after": ({"rate", "timeout"}, {"ok", "rate"}),
-    "rate_without": ({"rate", "timeout"}, {"ok", "rate"}),
+    "rate_with_retry_after": ({"rate", "timeout"}, {"ok", "rate", "timeout"}),
+    "rate_without": ({"rate", "timeout"}, {"ok", "rate", "timeout"}),
     "server_error": ({"down", "timeout"}, {"ok", "down"}),
     "unauthorized": ({"refused"}, {"refused"}),
     "invalid_json": ({"malformed"}, {"ok", "malformed"}),
@@ -58,7 +58,7 @@ ENDS: dict[str, tuple[set[str], set[str]]] = {
     "not_utf8": ({"malformed"}, {"ok", "malformed"}),
     "duplicate": ({"ok"}, {"ok"}),
     "late_after_cancel": ({"timeout"}, {"timeout"}),
-    "clock_jump": ({"rate", "timeout"}, {"ok", "rate"}),
+    "clock_jump": ({"rate", "timeout"}, {"ok", "rate", "timeout"}),
 }
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 
+from eapo_fast.engine import Vocabulary
 from eapo_fast.experts import ConsultPolicy, ConsultRequest, ConsultScheduler, Function
 from eapo_fast.experts.replies import redact_boxes
 from eapo_fast.rewards.leaks import states_answer
+from eapo_fast.rollout import Rollout, Segment
 
 STATING = (
     "So the answer is {gold}.",
@@ -85,3 +90,39 @@ def test_redaction_takes_whole_groups() -> None:
         "\\boxed{\\": "[answer withheld]",
     }
     assert {text: redact_boxes(text) for text in cases} == cases
+
+
+def test_an_answer_that_only_the_expert_gave_earns_nothing(
+    make_model: Callable[..., Any], bpe_tokenizer: Any
+) -> None:
+    from eapo_fast.training.scoring import Scorer
+
+    vocabulary = Vocabulary(bpe_tokenizer, len(bpe_tokenizer))
+    advice = vocabulary.encode("<advice>\\boxed{72}</advice>")
+    for said, reward in (("I do not know", 0.0), ("so \\boxed{72}", 1.0)):
+        own, end = vocabulary.encode("<consult><q>48+24</q></consult>"), vocabulary.encode(said)
+        ids = [*own, *advice, *end]
+        borders = [0, len(own), len(own) + len(advice), len(ids)]
+        kinds = ("policy", "expert", "policy")
+        segments = [
+            Segment(kind, start, stop, turn // 2)  # type: ignore[arg-type]
+            for turn, (kind, start, stop) in enumerate(
+                zip(kinds, borders, borders[1:], strict=False)
+            )
+        ]
+        rollout = Rollout(
+            prompt_ids=[5],
+            token_ids=np.array(ids),
+            loss_mask=np.array([1] * len(own) + [0] * len(advice) + [1] * len(end), np.uint8),
+            logprobs=np.zeros(len(ids), np.float32),
+            segments=segments,
+            finish_reason="stop",
+            group_id=0,
+            sample_index=0,
+            prompt_id=0,
+            banned=(np.zeros(0, np.int32), np.zeros(0, np.int32)),
+        )
+        [score] = Scorer(["exact"], None, vocabulary).score(
+            [rollout], {"prompt": "?", "answer": "72"}
+        )
+        assert (score.reward, score.accuracy) == (reward, reward)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from pathlib import Path
@@ -129,6 +130,48 @@ def test_the_probe_is_content_with_any_answer_but_a_refused_key(chat: ModuleType
         assert OpenAICompatible(server.url, "m").probe() is None
     with chat.ChatServer(models_status=401) as server:
         assert "refuses the key" in str(OpenAICompatible(server.url, "m").probe())
+
+
+def test_surplus_bytes_never_answer_the_next_question() -> None:
+    """A server that sends each answer twice on one connection."""
+    import json
+    import threading
+
+    def serve(listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with (
+                contextlib.suppress(OSError),
+                connection,
+                connection.makefile("rb") as file,
+            ):
+                while True:
+                    length = 0
+                    while (line := file.readline().strip()) != b"":
+                        if line.lower().startswith(b"content-length:"):
+                            length = int(line.split(b":")[1])
+                    if not length:
+                        break
+                    body = json.loads(file.read(length))
+                    text = body["messages"][-1]["content"].rsplit("\n", 1)[-1]
+                    choice = {"finish_reason": "stop", "message": {"content": text}}
+                    data = json.dumps({"choices": [choice]}).encode()
+                    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+                    connection.sendall((head + data) * 2)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with ConsultScheduler(OpenAICompatible(url, "m"), POLICY) as desk:
+            for number in range(20):
+                request = ConsultRequest(f"question {number}")
+                assert desk.submit(request).result(5.0).text == f"question {number}"
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(5.0)
 
 
 def test_many_consults_at_once(chat: ModuleType) -> None:

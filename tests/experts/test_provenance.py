@@ -237,6 +237,24 @@ def test_training_and_assisted_evaluation_share_one_budget(tmp_path: Path) -> No
     assert spent < short.trainer.ledger.total().consults <= 40
 
 
+def test_a_run_that_died_counts_what_it_paid_after_its_checkpoint(tmp_path: Path) -> None:
+    import shutil
+
+    calls: list[str] = []
+
+    def fn(request: ConsultRequest) -> ExpertReply:
+        calls.append(request.query)
+        return answer(request)
+
+    settings = {"expert_budget": Budget(consults=400), "expert_dedup": "off"}
+    Run(tmp_path, Function(fn, immediate=True), **settings).train()
+    before = len(calls)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    again = Run(tmp_path, Function(fn, immediate=True), **settings)
+    again.train(resume=True)
+    assert again.trainer.ledger.total().consults == len(calls) > before > 0
+
+
 def test_caps_per_step_start_anew_in_each_assisted_evaluation(tmp_path: Path) -> None:
     budget = Budget(consults=3, per="step")
     short = Run(tmp_path, max_steps=1, expert_budget=budget, save_strategy="no")

@@ -458,6 +458,16 @@ def test_a_hedge_that_fails_leaves_the_first_call_its_time() -> None:
     assert expert.open == 0
 
 
+def test_a_fault_inside_the_desk_is_an_outcome_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eapo_fast.experts.dispatch.call_expert", lambda *_: None)
+    with ConsultScheduler(Batches(1), PATIENT, Budget(consults=3)) as desk:
+        start = time.monotonic()
+        result = desk.submit(ask()).result(9.0)
+        assert (result.status, result.detail.startswith("TypeError")) == ("malformed", True)
+        assert time.monotonic() - start < 5.0
+        assert not any(account.reserved != (0, 0, 0) for account in desk.ledger._accounts.values())
+
+
 def test_wait_reports_each_completion_once() -> None:
     release = threading.Event()
     with ConsultScheduler(Function(lambda r: "r" if release.wait(5.0) else ""), PATIENT) as desk:

@@ -10,10 +10,12 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, Literal, NamedTuple, get_args
 
 from eapo_fast.errors import ConfigError, DataError
 from eapo_fast.experts.base import ConsultRequest, Usage
+from eapo_fast.experts.journal import Journal, note
 
 Per = Literal["run", "step", "prompt", "rollout"]
 NANO = 1_000_000_000
@@ -28,7 +30,7 @@ class Amount(NamedTuple):
 
     def plus(self, other: Amount) -> Amount:
         """The sum, field by field."""
-        return Amount(*(a + b for a, b in zip(self, other, strict=True)))
+        return Amount(self[0] + other[0], self[1] + other[1], self[2] + other[2])
 
     def most(self, other: Amount) -> Amount:
         """The larger of the two, field by field."""
@@ -36,7 +38,7 @@ class Amount(NamedTuple):
 
     def minus(self, other: Amount) -> Amount:
         """The difference, field by field."""
-        return Amount(*(a - b for a, b in zip(self, other, strict=True)))
+        return Amount(self[0] - other[0], self[1] - other[1], self[2] - other[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class Reservation:
     """What is held."""
     accounts: tuple[tuple[Per, str], ...]
     """(scope, key) of each account."""
+    books: int = 0
+    """Which books: those of before a `load_state_dict` are closed."""
     open: bool = True
     """False once settled or released."""
 
@@ -98,6 +102,8 @@ class Ledger:
         self._scopes: tuple[Per, ...] = tuple(per for per in get_args(Per) if per in scopes)
         self._accounts: dict[tuple[Per, str], _Account] = {}
         self._lock = threading.Lock()
+        self._books = self._loaded = 0
+        self._journal: Journal | None = None
         self.overruns = 0
 
     @property
@@ -112,10 +118,12 @@ class Ledger:
         with self._lock:
             if not all(self._fits(key, amount) for key in keys):
                 return None
+            if not note(self._journal, keys, amount):
+                return None  # what cannot be remembered is not spent
             for key in keys:
                 account = self._accounts.setdefault(key, _Account())
                 account.reserved = account.reserved.plus(amount)
-        return Reservation(amount, keys)
+            return Reservation(amount, keys, self._books)
 
     def _fits(self, key: tuple[Per, str], amount: Amount) -> bool:
         account = self._accounts.get(key) or _Account()
@@ -138,10 +146,11 @@ class Ledger:
 
     def _close(self, reservation: Reservation, final: Amount, over: bool = False) -> Amount:
         with self._lock:
-            if not reservation.open:
+            if not reservation.open or reservation.books != self._books:
                 return Amount()
             reservation.open = False
             self.overruns += over
+            note(self._journal, reservation.accounts, final.minus(reservation.amount))
             for key in reservation.accounts:
                 account = self._accounts[key]
                 account.reserved = account.reserved.minus(reservation.amount)
@@ -174,7 +183,13 @@ class Ledger:
             books: dict[str, dict[str, list[int]]] = {}
             for (per, key), account in self._accounts.items():
                 books.setdefault(per, {})[key] = [*account.committed.plus(account.reserved)]
-        return {"version": 1, "accounts": books, "overruns": self.overruns}
+            number = self._journal.number if self._journal else 0
+        return {
+            "version": 1,
+            "accounts": books,
+            "overruns": self.overruns,
+            "journal": number,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the books by saved ones; DataError if `state` is not a ledger's."""
@@ -184,12 +199,37 @@ class Ledger:
                 for per, book in state["accounts"].items()
                 for key, values in book.items()
             }
-            overruns = int(state["overruns"])
+            overruns, number = int(state["overruns"]), int(state.get("journal", 0))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"this is not the state of a budget ledger: {error!r}.") from None
         with self._lock:
             self._accounts = loaded
             self.overruns = overruns
+            self._loaded = number
+            self._books += 1
+
+    def keep_journal(self, path: str | PathLike[str], *, resumed: bool) -> None:
+        """Write every change to a file from now on.
+
+        A `resumed` ledger first adds what the file holds beyond the loaded state: calls that were
+        paid for after the checkpoint stay paid for, and those without an outcome keep their worst
+        case. ConfigError if the file cannot be written, DataError if it is damaged.
+        """
+        self.close()
+        journal = Journal(path, resumed=resumed)
+        with self._lock:
+            for accounts, add in journal.after(self._loaded):
+                for per, key in accounts:
+                    account = self._accounts.setdefault((per, key), _Account())  # type: ignore[arg-type]
+                    account.committed = account.committed.plus(Amount(*add))
+            self._journal, self._loaded = journal, journal.number
+
+    def close(self) -> None:
+        """Let go of the journal."""
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            self._loaded = journal.number
+            journal.close()
 
 
 def _as_tuple(budgets: Budget | Sequence[Budget] | None) -> tuple[Budget, ...]:

@@ -104,10 +104,18 @@ class Dispatcher:
         call.task.add_done_callback(partial(self._ended, call))
 
     def _ended(self, call: Call, task: asyncio.Task[None]) -> None:
-        """Forget a task; one that was cancelled before its first step has not settled anything."""
+        """Forget a task; one that was cancelled before its first step has not settled anything.
+
+        A fault of ours in it is an outcome too: nobody waits for a deadline because of it.
+        """
         self._tasks.discard(task)
         if any(flight.call is call for flight in call.flights):
             self._abandon(call)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            reply = ExpertReply.failed("malformed", f"{type(error).__name__}: {error}")
+            for flight in call.flights:
+                self._land(flight, reply)
 
     async def _carry(self, call: Call) -> None:
         try:

@@ -36,6 +36,8 @@ MAX_BODY_BYTES = 4 << 20
 class OpenAICompatible:
     """Asks `{base_url}/chat/completions`, one request per call.
 
+    Each connection carries one request: bytes that a server sends beyond its answer (a duplicate, a
+    body longer than declared) would otherwise be read as the answer to the next question.
     The scheduler owns retries and the deadline; here only connecting is bounded. The key is read
     once from a variable or a file, goes into the Authorization header and nowhere else.
     `prices` = (per million tokens read, per million written) makes money budgets possible.
@@ -143,7 +145,7 @@ class OpenAICompatible:
             client = httpx.AsyncClient(
                 headers=self._headers(),
                 timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
                 trust_env=not _is_loopback(self.base_url),
             )
             self._clients[loop] = client
