@@ -54,7 +54,8 @@ def cuda(source: Path, arch: str, folder: Path) -> list[str]:
 def demangled(names: list[str]) -> list[str]:
     """Return readable names, without arguments."""
     done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
-    return [re.sub(r"\(.*", "", line)[:80] for line in done.stdout.splitlines()]
+    lines = (x.replace("(anonymous namespace)::", "") for x in done.stdout.splitlines())
+    return [re.sub(r"\(.*|eapo::cuda::|^void ", "", line)[:80] for line in lines]
 
 
 def triton_lines() -> list[str]:
