@@ -72,7 +72,10 @@ struct BlockTotals {
   }
 };
 
-EAPO_INLINE void count(I& total, I flags) { total = flags ? total + 1 : total; }
+EAPO_INLINE void count(I& total, I flags) { total -= flags; }  // a set flag is -1
+
+// x where `live` is -1, 0 where it is 0, whatever x is.
+EAPO_INLINE F kept(F x, I live) { return (F)((I)x & live); }
 
 // One register of tokens.
 struct Tokens {
@@ -97,31 +100,39 @@ EAPO_INLINE void evaluate(const PolicyArgs& args, F advantage, const Tokens& in,
                           direct, kl, low, high, dual);
   if constexpr (kTerms) {
     slope += direct;
-    totals.kl += in.live ? kl : F{};
-    totals.entropy += in.live ? in.entropy : F{};
+    totals.kl += kept(kl, in.live);
+    totals.entropy += kept(in.entropy, in.live);
   }
   if constexpr (kSurrogate == Surrogate::kClip || kSurrogate == Surrogate::kDetachedClip) {
     count(totals.low, in.live & low);
     count(totals.high, in.live & high);
     count(totals.dual, in.live & dual);
   }
-  const F gap = in.live ? absolute(drift) : F{}, live_ratio = in.live ? ratio : F{};
+  const F gap = kept(absolute(drift), in.live), live_ratio = kept(ratio, in.live);
   totals.ratio += live_ratio;
   totals.gap += gap;
   totals.largest_ratio = max(totals.largest_ratio, live_ratio);
   totals.largest_gap = max(totals.largest_gap, gap);
-  loss = in.live ? loss : F{};
-  slope = in.live ? slope : F{};
+  loss = kept(loss, in.live);
+  slope = kept(slope, in.live);
 }
 
 // The mask of whole registers, and of the first `n` tokens from `at` on.
 template <bool kMasked>
 EAPO_INLINE I live_tokens(const bool* mask, int64_t at) {
   if constexpr (!kMasked) return I{} == 0;
+#if EAPO_LANES == 16
+  const __m128i flags = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask + at));
+  return (I)_mm512_maskz_cvtepu8_epi32(__mmask16(-1), flags) != 0;
+#elif EAPO_LANES == 8
+  const __m128i flags = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask + at));
+  return (I)_mm256_cvtepu8_epi32(flags) != 0;
+#else
   using Bytes = uint8_t __attribute__((vector_size(kLanes)));
   Bytes flags;
   std::memcpy(&flags, mask + at, sizeof flags);
   return __builtin_convertvector(flags, I) != 0;
+#endif
 }
 
 template <bool kMasked>
@@ -152,7 +163,7 @@ EAPO_INLINE void run_tokens(const PolicyArgs& args, int64_t begin, int64_t end, 
     write(args.a, slope * weight);
     write(args.token_loss, loss);
     if (kTerms && args.b != nullptr)
-      write(args.b, live ? broadcast(-args.entropy_coef * weight) : F{});
+      write(args.b, kept(broadcast(-args.entropy_coef * weight), live));
   };
   int64_t at = begin;
   for (; at + kLanes <= end; at += kLanes)

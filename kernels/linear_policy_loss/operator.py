@@ -118,7 +118,8 @@ def _gathered(
     """Evaluate the masked-in rows, taken out of the batch."""
     rows = trained_rows(batch, recipe, compute_dtype(hidden.dtype))
     own = rows.gather(targets).long()
-    check_values(own, settings["vocab_size"], *(banned or (None, None)), len(hidden))
+    ban_rows, ban_ids = banned or (None, None)
+    check_values(own, settings["vocab_size"], ban_rows, ban_ids, len(hidden))
     head = HEADS[backend](
         rows.gather(hidden),
         weight,
@@ -152,10 +153,9 @@ def _on_device(
     from eapo_fast.kernels.linear_token_stats.triton_products import listed
 
     live = None if batch.mask is None else batch.mask != 0
-    check_values(
-        targets if live is None or targets.device.type != "cpu" else targets[live],
-        settings["vocab_size"], *(banned or (None, None)), len(hidden),
-    )  # fmt: skip
+    known = targets if live is None or targets.device.type != "cpu" else targets[live]
+    ban_rows, ban_ids = banned or (None, None)
+    check_values(known, settings["vocab_size"], ban_rows, ban_ids, len(hidden))
     head = TritonHead(
         hidden,
         weight,

@@ -90,7 +90,8 @@ class BFloat16Products:
     def centres(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, guess: Tensor | None
     ) -> Centres | None:
-        own = (weight.index_select(0, targets).float() * hidden.float()).sum(1)
+        known = targets.clamp(max=len(weight) - 1)  # one behind the last is nobody's
+        own = (weight.index_select(0, known).float() * hidden.float()).sum(1)
         middle = own if guess is None else own - guess.float().nan_to_num(0.0).clamp(-30.0, 0.0)
         return Centres(middle.bfloat16().float(), own)
 

@@ -21,7 +21,7 @@ BLOCK_ROWS, BLOCK_COLUMNS = 128, 128
 BLOCK_INNER = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _dot(a, b, total, WIDEN: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """a @ b + total in float32, a rounded to the dtype of b; WIDEN: all of it in float32."""
     if WIDEN:

@@ -32,7 +32,7 @@ def _tanh(x):  # type: ignore[no-untyped-def]
     return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _scaled(x, bias, column, there, inverse, cap, BIAS: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """y = cap(x + bias) / temperature; -inf where it is banned or past the end."""
     if BIAS:

@@ -37,7 +37,7 @@ AGGREGATIONS = {
 }
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def weight_of(tokens, sequences, live, norm, AGGREGATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """Share of a token in the loss; see `Recipe.aggregation`."""
     if AGGREGATION == 0:
@@ -53,7 +53,7 @@ def weight_of(tokens, sequences, live, norm, AGGREGATION: tl.constexpr):  # type
     return weight
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _live(mask, at, stop, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     live = at < stop
     if MASKED:
@@ -61,7 +61,7 @@ def _live(mask, at, stop, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     return live
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _advantages(advantages, sequence, at, live, PER_TOKEN: tl.constexpr):  # type: ignore[no-untyped-def]
     if PER_TOKEN:
         found = tl.load(advantages + at, mask=live, other=0.0)
@@ -79,7 +79,7 @@ def _geo_bounds(drift, advantage, log_low, log_high):  # type: ignore[no-untyped
     return tl.where(advantage == 0.0, 0.0, bounded), low, high
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def evaluate(  # type: ignore[no-untyped-def]
     logprob,  # [N] fp32, as are all but cu_seqlens and mask
     old_logprob,
@@ -235,7 +235,7 @@ def evaluate(  # type: ignore[no-untyped-def]
     tl.store(to + 9, tl.max(largest_gap, 0))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def count_live(mask, cu_seqlens, live, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Masked-in tokens of one sequence."""
     sequence = tl.program_id(0)

@@ -30,7 +30,7 @@ def ratio_terms(drift, limit):  # type: ignore[no-untyped-def]
     return tl.exp(inside), inside == drift
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def surrogate_terms(  # type: ignore[no-untyped-def]
     logprob, ratio, moves, advantage, least, most, delta, SURROGATE: tl.constexpr
 ):
@@ -64,7 +64,7 @@ def surrogate_terms(  # type: ignore[no-untyped-def]
     return loss, slope, low, high, dual
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def kl_terms(excess, KL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return the KL estimate of D = `excess` and its slope in l."""
     if KL == K1:
@@ -84,7 +84,7 @@ def kl_terms(excess, KL: tl.constexpr):  # type: ignore[no-untyped-def]
     return value, slope
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def token_terms(  # type: ignore[no-untyped-def]
     logprob,
     ratio,

@@ -13,6 +13,7 @@ from eapo_fast.kernels.group_advantages import (
 )
 from eapo_fast.kernels.linear_policy_loss import linear_policy_loss
 from eapo_fast.kernels.linear_token_stats import TokenStats, linear_token_stats
+from eapo_fast.kernels.linear_token_stats.sharded import sharded_token_stats
 from eapo_fast.kernels.paged_attention import paged_attention
 from eapo_fast.kernels.policy_loss import (
     LossOutput,
@@ -38,6 +39,7 @@ __all__ = [
     "policy_loss",
     "policy_statistics",
     "sample",
+    "sharded_token_stats",
     "token_advantages",
     "truncated_entropy",
 ]
