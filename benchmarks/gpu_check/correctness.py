@@ -8,10 +8,10 @@ products would leave. What a backend refuses is skipped, with its reason.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def run(request: Request, recorder: Recorder) -> None:
     with poisoned():
         for name, case in cases.items():
             _check_op(name, case, backend, request, recorder)
-    if backend == "triton" and request.device == "cuda" and "flash_attn" in sys.modules:
+    if backend == "triton" and request.device == "cuda" and find_spec("flash_attn"):
         _check_op("paged_attention", cases["paged_attention"], "flash", request, recorder)
 
 
