@@ -1,7 +1,7 @@
 """The driver: picks stages, runs them in order, writes the report after each.
 
-    make gpu-check [COMMIT=hash] [ARGS="--out FOLDER --stages build,correctness"]
-    PYTHONPATH=benchmarks python -m gpu_check --device cpu --small --no-build   # without a GPU
+make gpu-check [COMMIT=hash] [ARGS="--out FOLDER --stages build,correctness"]
+PYTHONPATH=benchmarks python -m gpu_check --device cpu --small --no-build   # without a GPU
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class _Run:
         self._work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
         self._wheels = _unpack(options.wheels, self._work)
         self._environment: dict[str, Any] = {}
-        self.path = Path(options.out) / ("gpu_check.json" if options.device != "cpu" else "cpu.json")
+        name = "gpu_check_cpu.json" if options.device == "cpu" else "gpu_check.json"
+        self.path = Path(options.out).resolve() / name
         self.report: dict[str, Any] = {
             "command": " ".join(sys.argv),
             "commit": commit_of(ROOT, options.commit),

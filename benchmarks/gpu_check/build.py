@@ -15,6 +15,9 @@ from pathlib import Path
 from gpu_check.environment import find_tool
 from gpu_check.records import Recorder, Request
 
+_INTERPRETER = (sys.executable,)
+"""What imports the build; with the site packages, where an editable install may stand before it."""
+
 
 def run(request: Request, recorder: Recorder) -> None:
     """Build into `work/site`, and with CUDA into `work/site-cuda`."""
@@ -79,7 +82,7 @@ def _import(target: Path, with_cuda: bool, recorder: Recorder) -> None:
     if with_cuda:
         code += "; import eapo_fast._cuda"
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [*_INTERPRETER, "-c", code],
         env={**os.environ, "PYTHONPATH": str(target)},
         cwd=target,
         capture_output=True,
@@ -92,5 +95,6 @@ def _import(target: Path, with_cuda: bool, recorder: Recorder) -> None:
     recorder.check(
         f"import of the build{' with CUDA' if with_cuda else ''}",
         ours,
+        hint="" if ours else "an editable install stands before PYTHONPATH: take --no-build",
         output=(done.stdout + done.stderr)[-600:],
     )

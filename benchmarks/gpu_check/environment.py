@@ -91,9 +91,9 @@ def hardware() -> dict[str, Any]:
 
 def find_tool(name: str) -> str | None:
     """Return the path of a program: on the PATH, beside Python, or in the CUDA toolkit."""
-    folders = [Path(sys.executable).parent, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
-    beside = (str(folder) for folder in (folders[0], folders[1] / "bin"))
-    return shutil.which(name) or next((p for f in beside if (p := shutil.which(name, path=f))), None)
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    places = (None, str(Path(sys.executable).parent), str(toolkit))
+    return next((path for place in places if (path := shutil.which(name, path=place))), None)
 
 
 def commit_of(root: Path, given: str | None) -> str:

@@ -86,11 +86,10 @@ class Recorder:
     def figure(
         self, name: str, value: float, unit: str, bar: Bar | None = None, **detail: Any
     ) -> None:
-        """Write down a measurement, beside the bar that it should reach."""
-        met = bar.met(value, self.request.gpu) if bar else None
-        self._add(
-            "figure", name, value=value, unit=unit, bar=str(bar or ""), passed=met, **detail
-        )
+        """Write down a measurement, beside the bar that it should reach on a GPU."""
+        judged = bar is not None and self.request.device == "cuda"
+        met = bar.met(value, self.request.gpu) if bar and judged else None
+        self._add("figure", name, value=value, unit=unit, bar=str(bar or ""), passed=met, **detail)
 
     def skip(self, name: str, reason: str) -> None:
         """Write down what was not done, and why; the same for an op's other dtypes is left out."""

@@ -96,8 +96,10 @@ def _greedy(name: str, model: Any, request: Request, recorder: Recorder) -> None
             if place is None:
                 continue
             logits = _logits(model, prompt + want[:place])[-1]
-            pair = [logits[x[place]] if place < len(x) else torch.inf for x in (row.token_ids, want)]
-            tied = abs(float(pair[0] - pair[1])) < TIE
+            tied = (
+                place < min(len(row.token_ids), len(want))
+                and abs(float(logits[row.token_ids[place]] - logits[want[place]])) < TIE
+            )
             ties += tied
             wrong += [] if tied else [f"row {index}, token {place}"]
     recorder.check(
@@ -148,9 +150,7 @@ def _captured(name: str, model: Any, request: Request, recorder: Recorder) -> No
     for label in ("", " after an update in place"):
         with _static_steps(captured if not on_gpu else eager):
             got, want = (s.generate(prompts, params) for s in (captured, eager))
-        pairs = [
-            (a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True)
-        ]
+        pairs = [(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True)]
         worst = max(_gap(a.logprobs, b.logprobs) for a, b in pairs)
         same = all(a.token_ids == b.token_ids for a, b in pairs)
         recorder.check(
@@ -195,10 +195,11 @@ def _logprobs(name: str, model: Any, request: Request, recorder: Recorder) -> No
     prompts = _prompts(model, request)[:3]
     params = SamplingParams(max_tokens=10 if request.small else 40, n=2, seed=request.seed + 1)
     rows = Sampler(model).generate(prompts, params)
-    plain = [_scored(model, p, row.token_ids) for p, g in zip(prompts, rows, strict=True) for row in g]
+    pairs = [(p, row.token_ids) for p, group in zip(prompts, rows, strict=True) for row in group]
+    plain = [_scored(model, *pair) for pair in pairs]
     dtype = model.dtype
     model.double()
-    exact = [_scored(model, p, row.token_ids) for p, g in zip(prompts, rows, strict=True) for row in g]
+    exact = [_scored(model, *pair) for pair in pairs]
     model.to(dtype)
     flat = torch.tensor([x for group in rows for row in group for x in row.logprobs])
     ours = float((flat.double() - torch.cat(exact)).abs().max())
