@@ -6,11 +6,12 @@ CONSTRAINTS ?= .ci/constraints.txt
 TORCH_INDEX ?=
 EXTRAS      ?=
 ARGS        ?=
+COMMIT      ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo compare test test-cpp test-python lint setup setup-test clean distclean
+.PHONY: help demo compare gpu-check test test-cpp test-python lint setup setup-test clean distclean
 
 comma   := ,
 bin     := $(VENV)/bin
@@ -29,6 +30,7 @@ help:
 	@echo 'make demo      set up, train the embedded model, show where the results are'
 	@echo 'make test      set up, C++ tests under sanitizers, pytest, the packaging test'
 	@echo 'make compare   EAPO against the same trainer without an expert (about half an hour)'
+	@echo 'make gpu-check build, prove and measure the GPU paths with the Python and torch found here'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make setup     only the environment and the package'
 	@echo 'make clean     remove build folders and caches (distclean: the environment too)'
@@ -43,6 +45,10 @@ demo: setup
 
 compare: setup
 	$(bin)/eapo-fast compare $(ARGS)
+
+# Needs no network and installs nothing outside a scratch folder.
+gpu-check:
+	PYTHONPATH=benchmarks $(PYTHON) -m gpu_check $(COMMIT:%=--commit %) $(ARGS)
 
 test: setup-test test-cpp test-python
 

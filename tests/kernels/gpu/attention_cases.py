@@ -111,17 +111,23 @@ def expected(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def assert_close(got: Tensor, arguments: dict[str, Any]) -> None:
-    """Compare with float64; weights and result may each be rounded to the storage once.
+    """Compare with float64; see `worst_error`."""
+    worst = worst_error(got, arguments)
+    assert worst <= 1, f"error is {worst:.2f} times its bound"
 
-    On the CPU rounding may be towards zero: Triton's interpreter makes bfloat16 so.
+
+def worst_error(got: Tensor, arguments: dict[str, Any]) -> float:
+    """Return the largest error against float64 as a share of its bound; NaN counts as infinite.
+
+    Weights and result may each be rounded to the storage once. On the CPU rounding may be towards
+    zero: Triton's interpreter makes bfloat16 so.
     """
     want, size = expected(arguments)
     unit = torch.finfo(got.dtype).eps / (2 if got.is_cuda else 1)
     slack = 32 if got.dtype == torch.float32 else 1
     bound = 1.1 * slack * unit * (want.abs() + size) + 2e-6
     error = (got.cpu().double() - want).abs()
-    worst = (error / bound).nan_to_num(nan=torch.inf).max() if error.numel() else torch.tensor(0.0)
-    assert worst <= 1, f"error is {worst:.2f} times its bound"
+    return float((error / bound).nan_to_num(nan=torch.inf).max()) if error.numel() else 0.0
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

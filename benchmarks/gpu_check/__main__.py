@@ -1,0 +1,207 @@
+"""The driver: picks stages, runs them in order, writes the report after each.
+
+make gpu-check [COMMIT=hash] [ARGS="--out FOLDER --stages build,correctness"]
+PYTHONPATH=benchmarks python -m gpu_check --device cpu --small --no-build   # without a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu_check import report
+from gpu_check.build import site_of
+from gpu_check.environment import commit_of
+from gpu_check.records import Request
+from gpu_check.runner import Outcome, Stage, run_side_by_side
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = Path(__file__).resolve().parents[1]
+
+_MODEL = ("torch", "transformers", "eapo_fast")
+STAGES = (
+    Stage("environment", "gpu_check.environment", 0, 25),
+    Stage("build", "gpu_check.build", 1, 110, ("torch", "scikit_build_core", "pybind11")),
+    Stage("triton", "gpu_check.correctness", 2, 95, ("triton", "eapo_fast"), "correctness"),
+    Stage("cuda", "gpu_check.correctness", 2, 95, ("torch", "eapo_fast"), "correctness"),
+    Stage("tests", "gpu_check.suites", 2, 95, ("pytest", "eapo_fast"), "correctness"),
+    Stage("sanitizer", "gpu_check.sanitizer", 2, 95, ("torch", "eapo_fast"), "correctness"),
+    Stage("sampler", "gpu_check.sampler", 3, 70, _MODEL),
+    Stage("training", "gpu_check.training", 3, 70, _MODEL),
+    Stage("bench_loss", "gpu_check.bench_loss", 5, 75, ("torch", "eapo_fast"), "benchmarks"),
+    Stage("bench_sampler", "gpu_check.bench_sampler", 6, 75, _MODEL, "benchmarks"),
+    Stage("bench_step", "gpu_check.bench_step", 7, 65, _MODEL, "benchmarks"),
+)
+"""Their boxes (the longest of each number) add up to 8 minutes 35 seconds."""
+
+LIMIT = 9 * 60.0
+"""Seconds of a whole run."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stages; returns 0 when none of them went wrong."""
+    options = _options(arguments)
+    run = _Run(options)
+    picked = _picked(options.stages)
+    for number in sorted({stage.number for stage in STAGES}):
+        stages = [s for s in STAGES if s.number == number and (s.name in picked or number == 0)]
+        if options.no_build:
+            stages = [s for s in stages if s.name != "build"]
+        if stages:
+            run.stages(stages)
+        if number == 0 and not run.device:
+            print("no CUDA device: --device cpu --small runs the stages on reference devices")
+            return 2
+    print("\n" + report.table(run.report))
+    print(f"\nwritten to {run.path}")
+    return report.exit_code(run.report)
+
+
+class _Run:
+    """One run: its folder, its report, and what is known so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._start, self._options = time.time(), options
+        self.device = "" if options.device == "auto" else options.device
+        self._seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+        self._work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+        self._wheels = _unpack(options.wheels, self._work)
+        self._environment: dict[str, Any] = {}
+        name = "gpu_check_cpu.json" if options.device == "cpu" else "gpu_check.json"
+        self.path = Path(options.out).resolve() / name
+        self.report: dict[str, Any] = {
+            "command": " ".join(sys.argv),
+            "commit": commit_of(ROOT, options.commit),
+            "seed": self._seed,
+            "small": options.small,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": 0.0,
+            "stages": [],
+        }
+        print(f"commit {self.report['commit']}, seed {self._seed}, scratch {self._work}")
+
+    def stages(self, stages: list[Stage]) -> None:
+        """Run stages of one number and write the report."""
+        outcomes, due = [], []
+        for stage in stages:
+            missing = self._missing(stage)
+            if missing:
+                outcomes.append(Outcome(stage.name, "skipped", 0.0, [], f"needs {missing}"))
+            else:
+                due.append((stage, self._request(stage)))
+        at_once = 1 if self.device == "cpu" else len(due)
+        outcomes += run_side_by_side(due, self._variables(), at_once=at_once)
+        for outcome in outcomes:
+            self.report["stages"].append(outcome.to_dict())
+            print(f"{outcome.stage}: {outcome.status} in {outcome.seconds:.1f} s", flush=True)
+        self._learn(outcomes)
+        self.report["seconds"] = round(time.time() - self._start, 1)
+        report.write(self.path, self.report)
+
+    def _request(self, stage: Stage) -> Request:
+        limit = self._start + self._options.seconds
+        return Request(
+            stage=stage.name,
+            device=self.device or "cpu",
+            small=self._options.small,
+            seed=self._seed,
+            root=str(ROOT),
+            work=str(self._work),
+            results=str(self._work / f"{stage.name}.jsonl"),
+            deadline=min(time.time() + stage.seconds, limit),
+            gpu=self._environment.get("gpu", ""),
+        )
+
+    def _missing(self, stage: Stage) -> str:
+        """Return the modules that a stage needs and that are not here."""
+        if time.time() - self._start > self._options.seconds - 5:
+            return f"more time than the {self._options.seconds:.0f} s of the run"
+        if not stage.needs:
+            return ""
+        modules = self._environment.get("modules", {})
+        absent = [m for m in stage.needs if m != "eapo_fast" and not modules.get(m)]
+        if "eapo_fast" in stage.needs and not self._importable():
+            absent.append("eapo_fast (it was not built)")
+        return ", ".join(absent)
+
+    def _importable(self) -> bool:
+        if site_of(self._work) is not None:
+            return True
+        code = "import eapo_fast, eapo_fast._core"
+        environment = {**os.environ, **self._variables()}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=self._work, capture_output=True,
+            check=False,
+        )  # fmt: skip
+        return done.returncode == 0
+
+    def _variables(self) -> dict[str, str]:
+        """Return the environment variables of the stages."""
+        site = site_of(self._work)
+        folders = [site, self._wheels, BENCHMARKS, os.environ.get("PYTHONPATH")]
+        variables = {"PYTHONPATH": os.pathsep.join(str(f) for f in folders if f)}
+        variables |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        if self.device == "cpu":
+            variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return variables
+
+    def _learn(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            if outcome.stage == "environment":
+                notes = [r for r in outcome.records if r["kind"] == "note"]
+                found = dict(notes[0]) if notes else {}
+                self._environment = {k: v for k, v in found.items() if k not in ("kind", "name")}
+                self.report["environment"] = self._environment
+                self.device = self.device or ("cuda" if self._environment.get("gpu") else "")
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--small", action="store_true", help="sizes that take a CPU seconds")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks/results"), help="folder")
+    parser.add_argument("--commit", help="commit of the tree, where there is no .git")
+    parser.add_argument("--stages", default="", help="names or groups, separated by commas")
+    parser.add_argument("--no-build", action="store_true", help="use the installed package")
+    parser.add_argument("--wheels", help="folder of wheels of missing packages, to unpack")
+    parser.add_argument("--seed", type=int, help="of all random inputs; else a fresh one")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="of the whole run")
+    return parser.parse_args(arguments)
+
+
+def _picked(text: str) -> set[str]:
+    """Return the names that `--stages` picks; all for an empty text."""
+    names = {stage.name for stage in STAGES}
+    wanted = [part.strip() for part in text.split(",") if part.strip()]
+    known = names | {stage.group for stage in STAGES if stage.group}
+    wrong = [part for part in wanted if part not in known]
+    if wrong:
+        raise SystemExit(f"--stages: got {', '.join(wrong)}; there are {', '.join(sorted(known))}")
+    return {s.name for s in STAGES if s.name in wanted or s.group in wanted} if wanted else names
+
+
+def _unpack(folder: str | None, work: Path) -> Path | None:
+    """Install wheels that were brought along into a folder of this run."""
+    if folder is None:
+        return None
+    wheels = sorted(map(str, Path(folder).glob("*.whl")))
+    if not wheels:
+        raise SystemExit(f"--wheels: there are none in {folder}")
+    target = work / "wheels"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    done = subprocess.run([*command, "--target", str(target), *wheels], check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"--wheels: pip ended with {done.returncode}")
+    return target
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Runs stages as processes with time boxes, alone or side by side."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_check.records import Request, read_records
+
+_LOG_LINES = 40
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process of the run."""
+
+    name: str
+    module: str
+    """Its `run(request, recorder)` is the stage."""
+    number: int
+    """Stages of one number run side by side on a GPU machine."""
+    seconds: float
+    """Time box."""
+    needs: tuple[str, ...] = ()
+    """Modules without which there is nothing to do."""
+    group: str = ""
+    """Name by which several stages are picked together."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage."""
+
+    stage: str
+    status: str
+    """passed, failed, crashed, timed out or skipped."""
+    seconds: float
+    records: list[dict[str, Any]]
+    message: str = ""
+    """Why it was skipped, or the end of what it printed where it did not pass."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the outcome as it goes into the report."""
+        return {
+            "stage": self.stage,
+            "status": self.status,
+            "seconds": round(self.seconds, 1),
+            **({"message": self.message} if self.message else {}),
+            "records": self.records,
+        }
+
+
+def run_side_by_side(
+    requests: Sequence[tuple[Stage, Request]], environment: Mapping[str, str], *, at_once: int
+) -> list[Outcome]:
+    """Run stages, at most `at_once` of them at a time; returns their outcomes in order."""
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        return list(pool.map(lambda pair: run_stage(*pair, environment), requests))
+
+
+def run_stage(stage: Stage, request: Request, environment: Mapping[str, str]) -> Outcome:
+    """Run one stage in a process group of its own, ended as a whole when its time is up."""
+    log = Path(request.results).with_suffix(".log")
+    start = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gpu_check.child", stage.module, request.to_json()],
+            env={**os.environ, **environment},
+            cwd=request.work,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(max(0.1, request.remaining()))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+    records = read_records(Path(request.results))
+    status = _status(code, records)
+    message = "" if status in ("passed", "skipped") else _tail(log)
+    return Outcome(stage.name, status, time.monotonic() - start, records, message)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End whatever is left of the process group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def _status(code: int | None, records: Sequence[Mapping[str, Any]]) -> str:
+    if code is None:
+        return "timed out"
+    if any(r["kind"] == "check" and not r["passed"] for r in records):
+        return "failed"
+    if code != 0:
+        return "crashed"
+    done = [r for r in records if r["kind"] != "skip"]
+    return "passed" if done else "skipped"
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join(line[:400] for line in lines[-_LOG_LINES:])

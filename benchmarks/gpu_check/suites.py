@@ -1,0 +1,65 @@
+"""Stage 2: the repository's own checks of GPU kernels (`tests/kernels/gpu`), side by side."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gpu_check.records import Recorder, Request
+
+_QUICK = ("kv_write", "test_kv_write_of_slices")
+"""What stands for them all where sizes are small: the test suite runs the rest."""
+
+
+def run(request: Request, recorder: Recorder) -> None:
+    """Run every file on Triton, and on CUDA those whose op has a CUDA kernel."""
+    root = Path(request.root)
+    names = sorted(p.stem.removeprefix("check_") for p in root.glob("tests/kernels/gpu/check_*.py"))
+    if not names:
+        recorder.skip("tests/kernels/gpu", "not part of this tree")
+        return
+    pairs = [("triton", name) for name in names]
+    pairs += [("cuda", n) for n in names if (root / "kernels" / n / "kernel.cu").exists()]
+    if request.small:
+        pairs = [("triton", _QUICK[0])]
+    workers = 1 if request.device == "cpu" else max(2, len(os.sched_getaffinity(0)) // 2)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda pair: _run_file(request, recorder, *pair), pairs))
+
+
+def _run_file(request: Request, recorder: Recorder, backend: str, name: str) -> None:
+    label = f"check_{name} {backend}"
+    if backend == "cuda" and not _has_cuda_module():
+        recorder.skip(label, "the CUDA module was not built")
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short"]
+    command += [f"tests/kernels/gpu/check_{name}.py"]
+    if request.small:
+        command += ["-k", _QUICK[1]]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=request.root,
+            env={**os.environ, "EAPO_CHECK": backend, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=max(1.0, request.remaining() - 2),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        recorder.check(label, False, error="the time box was used up")
+        return
+    lines = done.stdout.splitlines()
+    passed = done.returncode == 0 and " passed" in done.stdout
+    shown = lines[-1:] if passed else lines[-25:]
+    recorder.check(label, passed, result="\n".join(shown))
+
+
+def _has_cuda_module() -> bool:
+    code = "import torch, eapo_fast._cuda"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    return done.returncode == 0
