@@ -194,8 +194,8 @@ def test_a_replay_repeats_what_was_given_away_under_pressure(tmp_path: Path) -> 
         return Calculator().reply(request.query).text or "unreadable"
 
     def collect(expert: Expert, **settings: Any) -> tuple[list[Any], dict[str, int]]:
-        sampler = Sampler(model, tokenizer, SamplerConfig(num_blocks=32, block_size=8))
-        policy = ConsultPolicy(timeout=20.0, dedup="off", **settings)
+        sampler = Sampler(model, tokenizer, SamplerConfig(num_blocks=64, block_size=8))
+        policy = ConsultPolicy(timeout=20.0, dedup="off", max_reply_tokens=16, **settings)
         with ConsultScheduler(expert, policy) as desk:
             rollouts = collect_rollouts(
                 sampler,

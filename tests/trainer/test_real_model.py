@@ -206,6 +206,6 @@ def test_eval_command(
         "3",
     ]
     assert main(common) == 0
-    assert "eval_solo_accuracy" in capsys.readouterr().out
+    assert "mean@32" in capsys.readouterr().out
     assert main([*common, "--assisted", "--expert", "calculator", "--n", "2"]) == 0
-    assert "eval_assisted_accuracy" in capsys.readouterr().out
+    assert "mean@2" in capsys.readouterr().out
