@@ -18,6 +18,7 @@ from eapo_fast.engine.limits import context_limit, vocab_size
 from eapo_fast.engine.mode import compute_dtype, sampling_mode
 from eapo_fast.engine.params import Completion, SamplerConfig, SamplingParams, token_list
 from eapo_fast.engine.pool import Pool, WeightsVersion, affordable_blocks, host_blocks
+from eapo_fast.engine.requests import check_ids, check_prompts, params_of_each, prompt_lists
 from eapo_fast.engine.session import Rules, Session
 from eapo_fast.engine.support import PagedModel, paged_model
 from eapo_fast.engine.vocabulary import Vocabulary
@@ -99,9 +100,9 @@ class Sampler:
                 that the model does not have, a pool too small for one completion.
             ModelError: the model cannot run on paged attention.
         """
-        prompts = _token_lists(prompts)
+        prompts = prompt_lists(prompts)
         names = range(len(prompts)) if prompt_ids is None else token_list("prompt_ids", prompt_ids)
-        each = _of_each(params, len(prompts))
+        each = params_of_each(params, len(prompts))
         for name, given in (("params", each), ("prompt_ids", names)):
             if len(given) != len(prompts):  # type: ignore[arg-type]
                 raise ConfigError(f"{name}: got {len(given)} for {len(prompts)} prompts")  # type: ignore[arg-type]
@@ -125,8 +126,8 @@ class Sampler:
         """Return the rules that `params` and the model's EOS ids ask for."""
         if (params.stop or params.banned_strings) and self.vocabulary is None:
             raise ConfigError("stop and banned_strings need a tokenizer: Sampler(model, tokenizer)")
-        self._check_ids("stop_token_ids", params.stop_token_ids)
-        self._check_ids("banned_token_ids", params.banned_token_ids)
+        check_ids("stop_token_ids", params.stop_token_ids, self.vocab_size)
+        check_ids("banned_token_ids", params.banned_token_ids, self.vocab_size)
         return Rules(
             stop_token_ids=tuple(sorted({*self.eos_token_ids, *params.stop_token_ids})),
             stop=tuple(params.stop),
@@ -184,8 +185,8 @@ class Sampler:
         params: SamplingParams | Sequence[SamplingParams],
         foreign_tokens: int,
     ) -> Iterator[Session]:
-        each = _of_each(params, len(prompts))
-        self._check_prompts(prompts)
+        each = params_of_each(params, len(prompts))
+        check_prompts(prompts, self.max_context, self.vocab_size)
         paged = paged_model(self.model, self.config.block_size)
         pool = self._reserve([len(p) for p in prompts], each, foreign_tokens, paged)
         if self._weights.changed():
@@ -207,22 +208,6 @@ class Sampler:
             self._counts.update({name: stats[name] for name in COUNTERS})
         finally:
             session.scheduler.clear()  # a traceback may keep the session, not its blocks
-
-    def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.max_context:
-                raise ConfigError(
-                    f"prompt {index}: {len(prompt)} tokens, allowed are 1 to "
-                    f"{self.max_context - 1} (the model's context is {self.max_context})"
-                )
-            self._check_ids(f"prompt {index}", prompt)
-
-    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
-        if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise ConfigError(
-                f"{name}: got token {wrong}, the model has tokens 0 to {self.vocab_size - 1}"
-            )
 
     def _reserve(
         self,
@@ -305,28 +290,6 @@ def _completion(session: Session, seq: int) -> Completion:
         kept_mass=row.kept_mass.tolist(),
         finish_reason=row.finish_reason,  # type: ignore[arg-type]
     )
-
-
-def _of_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    """Return the parameters of every prompt."""
-    each = [params] * count if isinstance(params, SamplingParams) else list(params or ())
-    for one in each:
-        if not isinstance(one, SamplingParams):
-            raise ConfigError(f"params: got {one!r:.80}, allowed is SamplingParams or a list of it")
-    return each
-
-
-def _token_lists(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return prompts (also arrays and tensors) as lists of integers."""
-    lists: list[list[int]] = []
-    for place, prompt in enumerate(prompts):
-        if isinstance(prompt, str) or not hasattr(prompt, "__iter__"):
-            raise ConfigError(
-                f"prompt {place}: got {prompt!r:.80}, want a list of token ids for each prompt"
-            )
-        plain = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-        lists.append(list(token_list(f"prompt {place}", plain)))
-    return lists
 
 
 def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
