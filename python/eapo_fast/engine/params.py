@@ -130,7 +130,8 @@ def _is_number(value: object) -> bool:
 
 
 def _is_count(value: object, least: int, most: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and least <= value <= most  # type: ignore[operator]
 
 
 def _is_temperature(value: object) -> bool:

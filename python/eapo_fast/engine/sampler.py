@@ -104,8 +104,8 @@ class Sampler:
         names = range(len(prompts)) if prompt_ids is None else token_list("prompt_ids", prompt_ids)
         each = params_of_each(params, len(prompts))
         for name, given in (("params", each), ("prompt_ids", names)):
-            if len(given) != len(prompts):  # type: ignore[arg-type]
-                raise ConfigError(f"{name}: got {len(given)} for {len(prompts)} prompts")  # type: ignore[arg-type]
+            if len(given) != len(prompts):
+                raise ConfigError(f"{name}: got {len(given)} for {len(prompts)} prompts")
         if not prompts:
             return []
         with self.session(prompts, each) as session:
