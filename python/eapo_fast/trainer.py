@@ -500,6 +500,7 @@ class Trainer:
     def _warn_about_expert(self) -> None:
         problem = self.scheduler.probe() if self.scheduler else None
         if problem:
+            problem = problem.rstrip(".")
             self._record.message(
                 f"expert: {problem}. Training goes on; consults get the notice until it answers."
             )

@@ -18,6 +18,7 @@ import struct
 import threading
 import time
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -121,7 +122,7 @@ class ChaosServer:
         try:
             while await self._exchange(reader, writer):
                 pass
-        except (ConnectionError, asyncio.IncompleteReadError, OSError):
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             writer.transport.abort()
@@ -129,6 +130,10 @@ class ChaosServer:
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         fields = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
+        if head.startswith("GET "):
+            writer.write(response(200, b'{"data": []}'))
+            await writer.drain()
+            return True
         body = json.loads(await reader.readexactly(int(fields.get("content-length", 0))))
         query = body["messages"][-1]["content"].rsplit("\n", 1)[-1]
         number = int("".join(c for c in query if c.isdigit()) or 1)
@@ -186,11 +191,16 @@ def _answers(kind: str, good: bytes, echo: bytes) -> bytes:
         "invalid_json": lambda: response(200, b"{'single': quotes}"),
         "wrong_schema": lambda: response(200, b'{"choices": {"message": []}}'),
         "empty": lambda: response(200, b""),
-        "huge": lambda: response(200, completion("x" * HUGE)),
+        "huge": _huge,
         "not_utf8": lambda: response(200, b'{"choices": "\xff\xfe\xc3\x28"}'),
         "duplicate": lambda: response(200, good) * 2,
         "clock_jump": lambda: response(429, echo, Retry_After=_date(), Date=_date()),
     }[kind]()
+
+
+@lru_cache(maxsize=1)
+def _huge() -> bytes:
+    return response(200, completion("x" * HUGE))
 
 
 def sockets_of_this_process() -> int:

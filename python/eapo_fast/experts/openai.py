@@ -63,6 +63,8 @@ class OpenAICompatible:
         extra_body: Mapping[str, Any] | None = None,
         prices: tuple[float, float] | None = None,
     ) -> None:
+        import httpx  # noqa: F401  (here, so that it is not in the time of the first consult)
+
         self.base_url = _checked_url(base_url)
         self.model = model
         self.prompt = prompt
