@@ -553,3 +553,13 @@ def test_one_function_serves_two_schedulers_in_turn_and_at_once() -> None:
         assert two.submit(ask(3)).result(5.0).text == "q3"
     with ConsultScheduler(expert) as third:
         assert third.submit(ask(4)).result(5.0).text == "q4"
+
+
+def test_an_unreadable_reply_is_not_kept_for_others() -> None:
+    texts = iter(["", "", "5"])
+    expert = Function(lambda request: next(texts))
+    policy = ConsultPolicy(timeout=10.0, dedup="run", retries={"malformed": 0})
+    with ConsultScheduler(expert, policy) as desk:
+        results = [desk.submit(ConsultRequest("2+3")).result() for _ in range(4)]
+    assert [r.status for r in results] == ["malformed", "malformed", "ok", "cached"]
+    assert [r.text for r in results] == ["", "", "5", "5"]

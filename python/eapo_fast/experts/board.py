@@ -162,7 +162,7 @@ class Board:
 
     def land(self, flight: Flight, reply: ExpertReply) -> None:
         """End every waiter of the flight; the first one carries its cost."""
-        if reply.status == "ok":
+        if reply.status == "ok" and shape(reply, self.policy).status != "malformed":
             self._store(flight, reply)
         usage, cost = reply.usage, flight.cost
         for consult in self.thin(flight, lambda _: True):
