@@ -34,6 +34,16 @@ class Coefficients(NamedTuple):
         return None if active.all() else active.nonzero().squeeze(1)
 
 
+def filled_up(active: Tensor, rows: int, multiple: int) -> Tensor:
+    """Add other ones of `rows` rows to a list, so that its length is a multiple if it can be."""
+    lacking = min(-len(active) % multiple, rows - len(active))
+    if not lacking:
+        return active
+    idle = torch.ones(rows, dtype=torch.bool)
+    idle[active] = False
+    return torch.cat([active, idle.nonzero()[:lacking, 0]]).sort()[0]
+
+
 def compacted(active: Tensor) -> Tensor:
     """Return which row goes where [K] so that the K active ones come first and few have to move.
 

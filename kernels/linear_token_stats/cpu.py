@@ -18,6 +18,7 @@ from eapo_fast.kernels.linear_token_stats.bans import Bans
 from eapo_fast.kernels.linear_token_stats.coefficients import (
     Coefficients,
     compacted,
+    filled_up,
     pieces,
     spans,
 )
@@ -157,7 +158,7 @@ class CpuHead:
 
         Rows whose coefficients are 0 take no part.
         """
-        rows, active = slice(start, stop), slopes.active()
+        rows, active = slice(start, stop), self._active(slopes)
         source = torch.arange(stop - start) if active is None else compacted(active)
         if not len(source):
             return
@@ -182,7 +183,7 @@ class CpuHead:
                 self.read(start + first, start + last, keep=True)
                 self.push(start + first, start + last, slopes.of(slice(first, last)))
             return
-        active = slopes.active()
+        active = self._active(slopes)
         rows = torch.arange(start, stop) if active is None else start + active
         for part in pieces(rows, self.slab_rows(keep=False)):
             block, own, every = self._block(part), slopes.of(part - start), torch.arange(len(part))
@@ -228,6 +229,13 @@ class CpuHead:
         """Give memory back; the head is of no use afterwards."""
         self._kept = []
         self._workspace.close()
+
+    def _active(self, slopes: Coefficients) -> Tensor | None:
+        """Return the rows with a gradient and a few without, as products want them; None: all."""
+        active = slopes.active()
+        if active is None or not len(active):
+            return active
+        return filled_up(active, len(slopes.a), self.products.rows)
 
     def _block(self, rows: slice | Tensor) -> Block:
         hidden, targets = self.source[rows], self.targets[rows]

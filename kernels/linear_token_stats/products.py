@@ -29,6 +29,8 @@ class Products(Protocol):
 
     storage: torch.dtype
     """Dtype of logits and of their gradient."""
+    rows: int
+    """Numbers of rows that are multiples of this are fast."""
 
     @property
     def in_place(self) -> bool:
@@ -58,6 +60,7 @@ class Float32Products:
     """float32 products by oneDNN where torch has them; narrower weights are widened by tile."""
 
     storage = torch.float32
+    rows = 1
 
     @property
     def in_place(self) -> bool:
@@ -85,6 +88,7 @@ class BFloat16Products:
     """bfloat16 products, which add in float32 and round once."""
 
     storage = torch.bfloat16
+    rows = 8
     in_place = True
 
     def centres(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from eapo_fast import ops, recipes
 from eapo_fast.kernels.linear_token_stats import NonFiniteError, gradients
+from eapo_fast.kernels.linear_token_stats.coefficients import filled_up
 from eapo_fast.recipes import Recipe
 
 CU = [0, 9, 9, 31, 32, 60, 77]
@@ -206,6 +207,14 @@ def test_rows_that_teach_nothing_take_no_part(plan: str, product_rows: list[int]
     product_rows.clear()
     run(inputs, recipe.replace(entropy_coef=0.01), plan=plan)
     assert sum(product_rows) == int(live.sum())
+
+
+def test_lists_of_rows_are_filled_up() -> None:
+    active = torch.tensor([1, 4, 5])
+    assert filled_up(active, 9, 1) is active
+    assert filled_up(active, 9, 4).tolist() == [0, 1, 4, 5]
+    assert filled_up(active, 9, 8).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert filled_up(active, 4 + 2, 8).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,7 +20,7 @@ from eapo_fast.recipes import Recipe
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CU = [0, 9, 9, 20, 21, 40]
-RECIPES = ["eapo", "cispo", "rloo", "reinforce", "ppo_dual_clip", "gspo", "gmpo", "kl_cov", "epo"]
+RECIPES = ["eapo", "cispo", "gspo", "gmpo", "kl_cov", "epo"]
 
 
 def head(
