@@ -71,10 +71,10 @@ class Trial:
 
 
 def run(request: Request, recorder: Recorder) -> None:
-    """Check the backend that the stage is named after."""
+    """Check the backend, and the dtype if there is one, of the request's options."""
     from gpu_check import loss_cases, sampler_cases
 
-    backend = request.stage
+    backend = request.options["backend"]
     torch.backends.cuda.matmul.allow_tf32 = False
     cases = {**sampler_cases.CASES, **loss_cases.CASES}
     recorder.note("inputs", seed=request.seed, backend=backend)
@@ -92,8 +92,11 @@ def _check_op(
     request: Request,
     recorder: Recorder,
 ) -> None:
-    """Check one op in all dtypes; one record each."""
+    """Check one op in the dtypes asked for; one record each."""
+    only = request.options.get("dtype")
     for dtype in DTYPES[:2] if request.small else DTYPES:
+        if only is not None and only != str(dtype).removeprefix("torch."):
+            continue
         short = str(dtype).removeprefix("torch.")
         label = f"{name} {backend} {short}"
         if request.remaining() < 3:

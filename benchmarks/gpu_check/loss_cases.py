@@ -12,7 +12,7 @@ from gpu_check.records import RefusedError
 
 STATISTICS = 1e-4
 """Bound of log-probabilities, entropies and losses, in any dtype: logits are exact sums there."""
-GRADIENTS = {torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+GRADIENTS = {torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-7}
 """Bound of gradients: rounded to the dtype on the way into their products and at the end."""
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Stage:
     """Modules without which there is nothing to do."""
     group: str = ""
     """Name by which several stages are picked together."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """What sets apart stages of one module."""
 
 
 @dataclass(frozen=True)

@@ -59,16 +59,18 @@ def run(request: Request, recorder: Recorder) -> None:
     if request.device == "cpu":
         _wait(reference, request)
     tested = _start(folder / "tested", request.device, steps, request, **other)
+    low = None
+    if request.device == "cuda":
+        low = _start(folder / "bfloat16", "cuda", steps, request, bf16=True)
     curve = _wait(tested, request)
     want = _wait(reference, request)
     compare(curve, want, "float32", recorder)
     _figures(curve, request.device, recorder)
-    if request.device == "cuda" and request.remaining() > 15:
-        name = "bfloat16"
-        with recorder.guard(f"training, {name}"):
-            low = _wait(_start(folder / name, "cuda", steps, request, bf16=True), request)
-            compare(low, want, name, recorder)
-            _figures(low, f"{request.device}, {name}", recorder)
+    if low is not None:
+        with recorder.guard("training, bfloat16"):
+            curve = _wait(low, request)
+            compare(curve, want, "bfloat16", recorder)
+            _figures(curve, f"{request.device}, bfloat16", recorder)
 
 
 def compare(got: Curve, want: Curve, name: str, recorder: Recorder) -> None:

@@ -19,8 +19,8 @@ def run_stage(make_request: Callable[..., Any]) -> Callable[..., list[dict[str, 
     """Run a stage in this process; returns its records, none of which may be a failed check."""
     from gpu_check.records import Recorder, read_records
 
-    def run(module: str, stage: str | None = None) -> list[dict[str, Any]]:
-        request = make_request(stage or module)
+    def run(module: str, **options: str) -> list[dict[str, Any]]:
+        request = make_request(module, options=options)
         import_module(f"gpu_check.{module}").run(request, Recorder(request))
         records = read_records(Path(request.results))
         assert not [r for r in records if r["kind"] == "check" and not r["passed"]]
@@ -41,7 +41,7 @@ def test_triton_kernels_interpreted(
     pytest.importorskip("triton")
     from gpu_check.records import read_records
 
-    request = make_request("triton")
+    request = make_request("triton", options={"backend": "triton"})
     command = [sys.executable, "-m", "gpu_check.child", "gpu_check.correctness", request.to_json()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ def test_triton_kernels_interpreted(
 def test_a_backend_that_is_not_here_is_skipped(run_stage: Callable[..., Any]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there may be CUDA kernels here")
-    records = run_stage("correctness", "cuda")
+    records = run_stage("correctness", backend="cuda")
     assert not names(records, "check")
     reasons = [r["reason"] for r in records if r["kind"] == "skip"]
     assert any("'cuda'" in reason for reason in reasons)
@@ -207,7 +207,7 @@ def test_wrong_values_are_not_timed(
         return loss
 
     monkeypatch.setattr(loss_work, "ours", off)
-    monkeypatch.setattr(loss_work, "eager_loss", lambda hidden, weight, work: (hidden * 0).sum())
+    monkeypatch.setattr(loss_work, "eager_loss", lambda hidden, *_: (hidden * 0).sum())
     request = make_request("bench_loss")
     bench_loss.run(request, Recorder(request))
     records = read_records(Path(request.results))
@@ -224,7 +224,7 @@ def test_liger_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     from eapo_fast import recipes
 
     work = loss_work.build(32, 16, 150, "cpu", 1, recipes.get("eapo"))
-    want = loss_work.eager_loss(work.hidden, work.weight, work)
+    want = loss_work.eager_loss(*loss_work.eager_arguments(work))
 
     def loss_of(logprob: Any, old: Any, advantages: Any, low: float, high: float) -> Any:
         ratio, advantages = (logprob - old).exp(), advantages[:, None]
