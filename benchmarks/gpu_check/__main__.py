@@ -10,6 +10,7 @@ import argparse
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from gpu_check import report
 from gpu_check.build import site_of
 from gpu_check.environment import commit_of
 from gpu_check.records import Request
-from gpu_check.runner import Outcome, Stage, run_side_by_side
+from gpu_check.runner import Outcome, Stage, end_all, run_side_by_side
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = Path(__file__).resolve().parents[1]
@@ -132,7 +133,6 @@ class _Run:
         shutil.rmtree(self._work, ignore_errors=True)
 
     def _request(self, stage: Stage) -> Request:
-        limit = self._start + self._options.seconds
         return Request(
             stage=stage.name,
             device=self.device or "cpu",
@@ -141,7 +141,7 @@ class _Run:
             root=str(ROOT),
             work=str(self._work),
             results=str(self._work / f"{stage.name}.jsonl"),
-            deadline=min(time.time() + stage.seconds, limit),
+            deadline=self._start + self._options.seconds,
             gpu=self._environment.get("gpu", ""),
             options=dict(stage.options),
         )
@@ -231,5 +231,13 @@ def _unpack(folder: str | None, work: Path) -> Path | None:
     return target
 
 
+def _ended(signum: int, _: object) -> None:
+    """End the stages, which are in sessions of their own, together with the driver."""
+    end_all()
+    os._exit(128 + signum)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _ended)
+    signal.signal(signal.SIGINT, _ended)
     sys.exit(main())
