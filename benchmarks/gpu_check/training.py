@@ -39,11 +39,12 @@ BOUNDS = {
         0.02,
         {"reward": 0.03, "entropy": 0.02},
     ),
-    # A third of the rollouts diverge: four standard errors of the first step, three of the means.
+    # Five times what bfloat16 on a CPU showed: 0.007, 0.12, 0.008; 7 %; 0.006 and 0.005 (the
+    # gradient norm and the means: three to four times).
     "bfloat16": Bounds(
-        {"reward": 0.12, "completions/mean_length": 8.0, "expert/consult_rate": 0.4},
-        0.4,
-        {"reward": 0.05, "entropy": 0.05},
+        {"reward": 0.04, "completions/mean_length": 1.5, "expert/consult_rate": 0.05},
+        0.2,
+        {"reward": 0.025, "entropy": 0.02},
     ),
 }
 
