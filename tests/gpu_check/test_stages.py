@@ -314,8 +314,9 @@ def test_traced_spans() -> None:
     assert not traced_spans(profiler, torch.autograd.DeviceType.CUDA)
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_the_watch_samples_one_step_and_traces_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for the device: the traced step has no kernel of a GPU."""
+    """With stand-ins for the device, on which nothing can be traced."""
     from gpu_check.bench_step import _Watch
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -328,6 +329,7 @@ def test_the_watch_samples_one_step_and_traces_the_next(monkeypatch: pytest.Monk
     assert set(watch.busy) == {90.0}
     assert 1 <= len(watch.busy) <= 3
     assert watch.idle is None
+    assert watch.trouble
 
 
 def test_times_are_medians_of_device_events(monkeypatch: pytest.MonkeyPatch) -> None:
