@@ -55,11 +55,16 @@ class Trial:
                 raise RefusedError(str(error)) from None
             raise
 
-    def compare(self, what: str, got: Tensor, want: Tensor, bound: float) -> None:
-        """Take in the error of one result: the norm of the difference over that of the result."""
+    def compare(
+        self, what: str, got: Tensor, want: Tensor, bound: float, *, floor: float = 1e-2
+    ) -> None:
+        """Take in the error of one result: the norm of the difference over that of the result.
+
+        A norm below `floor` counts as `floor`: what cancels keeps the rounding of its terms.
+        """
         difference = (got.detach().cpu().double() - want.detach().cpu().double()).norm()
         size = float(want.detach().double().norm())
-        self.take(what, float(difference) / (bound * max(size, 1e-3)))
+        self.take(what, float(difference) / (bound * max(size, floor)))
 
     def take(self, what: str, share: float) -> None:
         """Take in an error as a share of its bound."""
