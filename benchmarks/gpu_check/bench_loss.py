@@ -261,7 +261,7 @@ def _peer(
 
 
 def _eager(work: Work) -> Tensor:
-    loss = loss_work.eager_loss(work.hidden, work.weight, work)
+    loss = loss_work.eager_loss(*loss_work.eager_arguments(work))
     loss.backward()
     return loss.detach()
 
@@ -270,7 +270,7 @@ def _compiled() -> Callable[[Work], Tensor]:
     compiled = torch.compile(loss_work.eager_loss, dynamic=False)
 
     def call(work: Work) -> Tensor:
-        loss = compiled(work.hidden, work.weight, work)
+        loss = compiled(*loss_work.eager_arguments(work))
         loss.backward()
         return loss.detach()
 
@@ -280,8 +280,5 @@ def _compiled() -> Callable[[Work], Tensor]:
 @torch.no_grad()
 def _eager_by_chunks(work: Work) -> Tensor:
     """Return the eager loss without ever holding the logits of all rows."""
-    logprob = loss_work.exact_logprobs(work.hidden, work.weight, work.targets)
-    advantages = work.advantages.repeat_interleave(work.length)
-    ratio = (logprob - work.old_logprob).exp()
-    clipped = ratio.clamp(1 - work.recipe.epsilon, 1 + work.recipe.clip_high)
-    return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
+    hidden, weight, targets, *rest = loss_work.eager_arguments(work)
+    return loss_work.clipped_loss(loss_work.exact_logprobs(hidden, weight, targets), *rest)

@@ -127,13 +127,14 @@ def _timed_steps(session: Any, rows: int) -> list[float]:
     """Run a session; returns milliseconds of the steps in which every row got one token."""
     times = []
     while session.unfinished:
-        start = time.perf_counter()
         before = session.scheduler.stats()
+        start = time.perf_counter()
         session.step()
+        spent = time.perf_counter() - start
         after = session.scheduler.stats()
         pure = after["prefill_tokens"] == before["prefill_tokens"]
         if pure and after["decode_tokens"] - before["decode_tokens"] == rows:
-            times.append(1e3 * (time.perf_counter() - start))
+            times.append(1e3 * spent)
     if not times:
         raise RuntimeError("no step decoded all rows at once: the pool is too small for them")
     return times
@@ -206,21 +207,22 @@ def _generate(case: Case, own: float | None, request: Request, recorder: Recorde
     with recorder.guard(name, optional=True):
         model = _model(case, request)
         prompts = torch.tensor(_prompts(case, model.config.vocab_size, request.seed))
-        ids = prompts.repeat_interleave(SAMPLES, 0).to(request.device)
-        mask = torch.ones_like(ids)
+        everything = prompts.repeat_interleave(SAMPLES, 0).to(request.device)
 
-        def sample(new: int) -> float:
+        def sample(ids: torch.Tensor, new: int) -> float:
             start = time.perf_counter()
             with torch.inference_mode():
-                out = model.generate(ids, attention_mask=mask, generation_config=_config(new))
+                out = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=_config(new)
+                )
             if out.shape[1] != case.prompt + new:
                 raise RuntimeError(f"got {out.shape[1] - case.prompt} tokens, not {new}")
             if request.device == "cuda":
                 torch.cuda.synchronize()
             return time.perf_counter() - start
 
-        sample(2)
-        rate = case.rows * case.new / sample(case.new)
+        sample(everything[:SAMPLES], 2)
+        rate = case.rows * case.new / sample(everything, case.new)
         recorder.figure(name, rate, "tokens/s")
         if own is not None:
             recorder.figure(f"{name}: ours over it", own / rate, "x")

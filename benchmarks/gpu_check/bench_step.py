@@ -61,7 +61,7 @@ def run(request: Request, recorder: Recorder) -> None:
         return
     bar = Bar("<=", IDLE)
     if watch.idle is None:
-        recorder.skip("idle share of the GPU, traced", "the profiler saw no kernel")
+        recorder.skip("idle share of the GPU, traced", watch.trouble)
     else:
         recorder.figure("idle share of the GPU, traced", watch.idle, "", bar)
     if watch.busy:
@@ -155,6 +155,8 @@ class _Watch:
         self.busy: list[float] = []
         """Percent of the time in which a kernel ran, by NVML."""
         self.idle: float | None = None
+        self.trouble = "the profiler saw no kernel"
+        """Why there is no idle share."""
         self._stop = threading.Event()
         self._sampler: threading.Thread | None = None
         self._profiler: Any = None
@@ -170,11 +172,7 @@ class _Watch:
             self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()
         else:
-            from torch.profiler import ProfilerActivity, profile
-
-            self._profiler = profile(activities=[ProfilerActivity.CUDA])
-            self._profiler.__enter__()
-            self._since = time.perf_counter()
+            self._start_trace()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End what belongs to the step."""
@@ -184,13 +182,32 @@ class _Watch:
             self._sampler.join()
             self._sampler = None
         if self._profiler is not None:
-            torch.cuda.synchronize()
-            wall = time.perf_counter() - self._since
+            self._end_trace()
+
+    def _start_trace(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        try:
+            profiler = profile(activities=[ProfilerActivity.CUDA])
+            profiler.__enter__()
+        except Exception as error:  # not every machine lets a program trace its kernels
+            self.trouble = f"{type(error).__name__}: {error}"
+            return
+        self._profiler, self._since = profiler, time.perf_counter()
+
+    def _end_trace(self) -> None:
+        from torch.autograd import DeviceType  # type: ignore[attr-defined]
+
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - self._since
+        try:
             self._profiler.__exit__(None, None, None)
-            spans = traced_spans(self._profiler, torch.autograd.DeviceType.CUDA)
-            self._profiler = None
+            spans = traced_spans(self._profiler, DeviceType.CUDA)
             if spans:
                 self.idle = 1 - covered(spans) / 1e9 / wall
+        except Exception as error:
+            self.trouble = f"{type(error).__name__}: {error}"
+        self._profiler = None
 
     def _sample(self) -> None:
         with suppress(Exception):  # no nvidia-ml-py, or a driver that does not tell
@@ -206,7 +223,8 @@ def traced_spans(profiler: Any, device: Any) -> list[tuple[float, float]]:
     return [
         (event.start_ns(), event.start_ns() + event.duration_ns())
         for event in profiler.profiler.kineto_results.events()
-        if event.device_type() == device and not event.is_user_annotation()
+        if event.device_type() == device
+        and not getattr(event, "is_user_annotation", lambda: False)()
     ]
 
 

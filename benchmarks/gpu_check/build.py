@@ -50,7 +50,9 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def _install(request: Request, target: Path, mode: str, path: str) -> float:
-    settings = [f"build-dir={request.work}/build-{target.name}"]
+    settings = [
+        f"build-dir={request.work}/build"
+    ]  # the second build finds the objects of the first
     if mode == "ON":
         import torch
 

@@ -55,11 +55,16 @@ class Trial:
                 raise RefusedError(str(error)) from None
             raise
 
-    def compare(self, what: str, got: Tensor, want: Tensor, bound: float) -> None:
-        """Take in the error of one result: the norm of the difference over that of the result."""
+    def compare(
+        self, what: str, got: Tensor, want: Tensor, bound: float, *, floor: float = 1e-2
+    ) -> None:
+        """Take in the error of one result: the norm of the difference over that of the result.
+
+        A norm below `floor` counts as `floor`: what cancels keeps the rounding of its terms.
+        """
         difference = (got.detach().cpu().double() - want.detach().cpu().double()).norm()
         size = float(want.detach().double().norm())
-        self.take(what, float(difference) / (bound * max(size, 1e-3)))
+        self.take(what, float(difference) / (bound * max(size, floor)))
 
     def take(self, what: str, share: float) -> None:
         """Take in an error as a share of its bound."""
@@ -71,13 +76,12 @@ class Trial:
 
 
 def run(request: Request, recorder: Recorder) -> None:
-    """Check the backend that the stage is named after."""
+    """Check the backend, and the dtype if there is one, of the request's options."""
     from gpu_check import loss_cases, sampler_cases
 
-    backend = request.stage
+    backend = request.options["backend"]
     torch.backends.cuda.matmul.allow_tf32 = False
     cases = {**sampler_cases.CASES, **loss_cases.CASES}
-    recorder.note("inputs", seed=request.seed, backend=backend)
     with poisoned():
         for name, case in cases.items():
             _check_op(name, case, backend, request, recorder)
@@ -92,8 +96,11 @@ def _check_op(
     request: Request,
     recorder: Recorder,
 ) -> None:
-    """Check one op in all dtypes; one record each."""
+    """Check one op in the dtypes asked for; one record each."""
+    only = request.options.get("dtype")
     for dtype in DTYPES[:2] if request.small else DTYPES:
+        if only is not None and only != str(dtype).removeprefix("torch."):
+            continue
         short = str(dtype).removeprefix("torch.")
         label = f"{name} {backend} {short}"
         if request.remaining() < 3:

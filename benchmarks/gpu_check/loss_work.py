@@ -125,15 +125,34 @@ def ours(work: Work, backend: str, dtype: torch.dtype | None = None) -> Tensor:
     return loss.detach()
 
 
-def eager_loss(hidden: Tensor, weight: Tensor, work: Work) -> Tensor:
-    """Return the loss in plain torch: logits of all rows, float32 softmax."""
-    logits = (hidden @ weight.T).float()
-    logprob = logits.log_softmax(-1).gather(1, work.targets[:, None])[:, 0]
+def eager_arguments(work: Work) -> tuple[Any, ...]:
+    """Return the arguments of `eager_loss`."""
     advantages = work.advantages.repeat_interleave(work.length)
-    ratio = (logprob - work.old_logprob).exp()
-    recipe = work.recipe
-    clipped = ratio.clamp(1 - recipe.epsilon, 1 + recipe.clip_high)
-    return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
+    low, high = 1 - work.recipe.epsilon, 1 + work.recipe.clip_high
+    return work.hidden, work.weight, work.targets, work.old_logprob, advantages, low, high
+
+
+def eager_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    low: float,
+    high: float,
+) -> Tensor:
+    """Return the loss in plain torch: logits of all rows, float32 softmax; advantages by row."""
+    logits = (hidden @ weight.T).float()
+    logprob = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return clipped_loss(logprob, old_logprob, advantages, low, high)
+
+
+def clipped_loss(
+    logprob: Tensor, old_logprob: Tensor, advantages: Tensor, low: float, high: float
+) -> Tensor:
+    """Return the mean clipped loss of rows."""
+    ratio = (logprob - old_logprob).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high)).mean()
 
 
 def liger_chunked(work: Work) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,13 +10,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gpu_check.records import Request, read_records
 
 _LOG_LINES = 40
+_live: set[subprocess.Popen[bytes]] = set()
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Stage:
     """Modules without which there is nothing to do."""
     group: str = ""
     """Name by which several stages are picked together."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """What sets apart stages of one module."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,12 @@ def run_side_by_side(
 
 
 def run_stage(stage: Stage, request: Request, environment: Mapping[str, str]) -> Outcome:
-    """Run one stage in a process group of its own, ended as a whole when its time is up."""
+    """Run one stage in a process group of its own, ended as a whole when its time is up.
+
+    Its box begins now; the request's deadline is that of the whole run.
+    """
+    deadline = min(request.deadline, time.time() + stage.seconds)
+    request = dataclasses.replace(request, deadline=deadline)
     log = Path(request.results).with_suffix(".log")
     start = time.monotonic()
     with log.open("w") as output:
@@ -80,6 +89,7 @@ def run_stage(stage: Stage, request: Request, environment: Mapping[str, str]) ->
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
+        _live.add(process)
         try:
             code: int | None = process.wait(max(0.1, request.remaining()))
         except subprocess.TimeoutExpired:
@@ -92,8 +102,15 @@ def run_stage(stage: Stage, request: Request, environment: Mapping[str, str]) ->
     return Outcome(stage.name, status, time.monotonic() - start, records, message)
 
 
+def end_all() -> None:
+    """End the processes of all stages that run, for a driver that is being ended itself."""
+    for process in list(_live):
+        _end(process)
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End whatever is left of the process group."""
+    _live.discard(process)
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def run(request: Request, recorder: Recorder) -> None:
     torch.backends.cudnn.allow_tf32 = False
     models: dict[str, Callable[[], Any]] = {"demo policy": _demo_policy}
     kinds = ("gemma2",) if request.small else ("qwen3", "gemma2", "gpt2", "phi3")
-    models |= {kind: lambda kind=kind: random_model(kind) for kind in kinds}
+    models |= {kind: partial(random_model, kind) for kind in kinds}
     for name, build in models.items():
         with recorder.guard(f"{name}: model", optional=name != "demo policy"):
             model = build().to(request.device)

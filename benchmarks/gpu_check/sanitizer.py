@@ -55,6 +55,7 @@ def _run_tool(program: str, tool: str, request: Request, recorder: Recorder) -> 
     inner = dataclasses.replace(
         request,
         stage="cuda",
+        options={"backend": "cuda"},
         small=True,
         results=str(Path(request.work) / f"sanitizer-{tool}.jsonl"),
         deadline=min(request.deadline - 4, time.time() + 60),

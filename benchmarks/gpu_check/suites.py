@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from gpu_check.records import Recorder, Request
@@ -25,7 +26,7 @@ def run(request: Request, recorder: Recorder) -> None:
     pairs += [("cuda", n) for n in names if (root / "kernels" / n / "kernel.cu").exists()]
     if request.small:
         pairs = [("triton", _QUICK[0])]
-    workers = 1 if request.device == "cpu" else max(2, len(os.sched_getaffinity(0)) // 2)
+    workers = 1 if request.device == "cpu" else max(2, len(os.sched_getaffinity(0)) // 3)
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda pair: _run_file(request, recorder, *pair), pairs))
 
@@ -39,6 +40,8 @@ def _run_file(request: Request, recorder: Recorder, backend: str, name: str) -> 
     command += [f"tests/kernels/gpu/check_{name}.py"]
     if request.small:
         command += ["-k", _QUICK[1]]
+    elif request.device == "cuda" and find_spec("xdist"):
+        command += ["-n", "4"]  # compiling takes most of the time
     try:
         done = subprocess.run(
             command,

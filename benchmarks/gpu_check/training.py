@@ -39,11 +39,12 @@ BOUNDS = {
         0.02,
         {"reward": 0.03, "entropy": 0.02},
     ),
-    # A third of the rollouts diverge: four standard errors of the first step, three of the means.
+    # Five times what bfloat16 on a CPU showed: 0.007, 0.12, 0.008; 7 %; 0.006 and 0.005 (the
+    # gradient norm and the means: three to four times).
     "bfloat16": Bounds(
-        {"reward": 0.12, "completions/mean_length": 8.0, "expert/consult_rate": 0.4},
-        0.4,
-        {"reward": 0.05, "entropy": 0.05},
+        {"reward": 0.04, "completions/mean_length": 1.5, "expert/consult_rate": 0.05},
+        0.2,
+        {"reward": 0.025, "entropy": 0.02},
     ),
 }
 
@@ -59,16 +60,18 @@ def run(request: Request, recorder: Recorder) -> None:
     if request.device == "cpu":
         _wait(reference, request)
     tested = _start(folder / "tested", request.device, steps, request, **other)
+    low = None
+    if request.device == "cuda":
+        low = _start(folder / "bfloat16", "cuda", steps, request, bf16=True)
     curve = _wait(tested, request)
     want = _wait(reference, request)
     compare(curve, want, "float32", recorder)
     _figures(curve, request.device, recorder)
-    if request.device == "cuda" and request.remaining() > 15:
-        name = "bfloat16"
-        with recorder.guard(f"training, {name}"):
-            low = _wait(_start(folder / name, "cuda", steps, request, bf16=True), request)
-            compare(low, want, name, recorder)
-            _figures(low, f"{request.device}, {name}", recorder)
+    if low is not None:
+        with recorder.guard("training, bfloat16"):
+            curve = _wait(low, request)
+            compare(curve, want, "bfloat16", recorder)
+            _figures(curve, f"{request.device}, bfloat16", recorder)
 
 
 def compare(got: Curve, want: Curve, name: str, recorder: Recorder) -> None:

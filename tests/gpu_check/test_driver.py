@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,10 +28,7 @@ def test_a_stage_that_goes_wrong_stops_no_other(
     from gpu_check.runner import Stage, run_side_by_side
 
     names = ["fine", "hang", "crash", "raise", "wrong"]
-    boxes = {"hang": 3.0}
-    pairs = [
-        (Stage(n, "fake_stages", 1, 60), make_request(n, seconds=boxes.get(n, 60))) for n in names
-    ]
+    pairs = [(Stage(n, "fake_stages", 1, 3 if n == "hang" else 60), make_request(n)) for n in names]
     start = time.perf_counter()
     outcomes = run_side_by_side(pairs, fakes, at_once=5)
     assert time.perf_counter() - start < 30
@@ -61,17 +60,48 @@ def test_the_end_of_a_time_box_ends_grandchildren(
         "    child.wait()\n"
     )
     path = os.pathsep.join([str(tmp_path), fakes["PYTHONPATH"]])
-    outcome = run_stage(
-        Stage("forks", "forks", 1, 3), make_request("forks", seconds=3), {"PYTHONPATH": path}
-    )
+    outcome = run_stage(Stage("forks", "forks", 1, 3), make_request("forks"), {"PYTHONPATH": path})
     assert outcome.status == "timed out"
-    pid = outcome.records[0]["pid"]
+    assert_ends(outcome.records[0]["pid"])
+
+
+def assert_ends(pid: int) -> None:
+    """Fail unless a process is gone soon."""
     for _ in range(50):
         state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().split()[2] == "Z":
+        try:
+            if state.read_text().split()[2] == "Z":
+                return
+        except (FileNotFoundError, ProcessLookupError):
             return
         time.sleep(0.1)
-    pytest.fail("a process of the stage outlived it")
+    pytest.fail(f"process {pid} outlived what it belongs to")
+
+
+def test_a_driver_that_is_ended_ends_its_stages(fakes: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "drive.py").write_text(
+        "import signal, sys\n"
+        "import gpu_check.__main__ as driver\n"
+        "signal.signal(signal.SIGTERM, driver._ended)\n"
+        "stage = driver.Stage('hang', 'fake_stages', 1, 60)\n"
+        "driver.STAGES = (driver.STAGES[0], stage)\n"
+        "driver.main(['--device', 'cpu', '--no-build', '--out', sys.argv[1]])\n"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, str(tmp_path / "drive.py"), str(tmp_path)],
+        env={**os.environ, **fakes, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+    )
+    for _ in range(600):
+        if list(tmp_path.glob("gpu-check-*/hang.jsonl")):
+            break
+        time.sleep(0.1)
+    tasks = Path(f"/proc/{driver.pid}/task")
+    pids = [int(p) for task in tasks.iterdir() for p in (task / "children").read_text().split()]
+    assert len(pids) == 1
+    driver.terminate()
+    assert driver.wait(20) == 128 + signal.SIGTERM
+    assert_ends(pids[0])
 
 
 def test_half_a_line_is_left_out(tmp_path: Path) -> None:
