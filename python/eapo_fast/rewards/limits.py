@@ -25,7 +25,7 @@ MAX_STEPS = 40_000
 
 MAX_CALLS = 150_000
 """Python calls of one symbolic check, about 0.1 seconds; this limit alone decides as a rule."""
-CPU_SECONDS = 0.45
+CPU_SECONDS = 0.3
 """CPU time of one symbolic check, for work that its calls do not measure."""
 WALL_SECONDS = 2.0
 """Wall time of one symbolic check, the backstop when its worker gets no CPU or stands still."""
