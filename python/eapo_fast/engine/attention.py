@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from eapo_fast.engine.cache import PagedCache
+from eapo_fast.engine.mode import surely
 from eapo_fast.errors import ModelError
 from eapo_fast.kernels.paged_attention import paged_attention
 
@@ -98,16 +99,7 @@ def attention_as(model: PreTrainedModel, name: str) -> Iterator[None]:
             config._attn_implementation = name
             yield
         finally:
-            _set_attention(config, before)
-
-
-def _set_attention(config: Any, name: str) -> None:
-    """Set it even if an interrupt comes in between: transformers' setter is slow."""
-    try:
-        config._attn_implementation = name
-    except BaseException:
-        config._attn_implementation = name
-        raise
+            surely(lambda: setattr(config, "_attn_implementation", before))
 
 
 _turns: dict[int, tuple[weakref.ref[Any], threading.RLock]] = {}

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from eapo_fast.engine.fused_forwards import Norm, Unit, attention_unit, mlp_unit, norm_unit
-from eapo_fast.engine.mode import held_together
+from eapo_fast.engine.mode import Step, held_together
 
 _GEMMA = Norm(eps="eps", unit_offset=True, cast_before_weight=False)
 FAMILIES = {
@@ -47,20 +47,23 @@ def fused_modules(model: nn.Module) -> Iterator[None]:
     Where gradients are enabled, and for tensors that the CPU kernels do not take, a module runs its
     own forward. The model is searched once: modules that were added since run unfused.
     """
-    with held_together(model, "fused", lambda: _fused_forwards(model)):
+
+    def prepare() -> tuple[Step, Step]:
+        units = [unit for unit in units_of(model) if unit.is_free()]
+        return lambda: _fuse(units), lambda: _undo(units)
+
+    with held_together(model, "fused", prepare):
         yield
 
 
-@contextmanager
-def _fused_forwards(model: nn.Module) -> Iterator[None]:
-    changed = [unit for unit in units_of(model) if unit.is_free()]
-    try:
-        for unit in changed:
-            vars(unit.module)["forward"] = unit.fused
-        yield
-    finally:
-        for unit in changed:
-            vars(unit.module).pop("forward", None)
+def _fuse(units: list[Unit]) -> None:
+    for unit in units:
+        vars(unit.module)["forward"] = unit.fused
+
+
+def _undo(units: list[Unit]) -> None:
+    for unit in units:
+        vars(unit.module).pop("forward", None)
 
 
 def units_of(model: nn.Module) -> list[Unit]:

@@ -4,44 +4,64 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
 
-_held: dict[tuple[int, str], tuple[int, ExitStack]] = {}
+Step = Callable[[], None]
+
+_held: dict[tuple[int, str], tuple[Step, Step, set[object]]] = {}
 _held_lock = threading.Lock()
 
 
 @contextmanager
 def held_together(
-    owner: object, name: str, change: Callable[[], AbstractContextManager[None]]
+    owner: object, name: str, prepare: Callable[[], tuple[Step, Step]]
 ) -> Iterator[None]:
     """Make a change of `owner` once for everybody inside, in whatever thread.
 
-    The first one in makes it, the last one out undoes it.
+    The first one in makes it, the last one out undoes it; an interrupt at any place does too.
+
+    Args:
+        owner: what is changed; it outlives the call.
+        name: of the change.
+        prepare: changes nothing itself; returns what makes the change and what undoes it, which
+            may run twice, and after half a change.
     """
-    key, inside = (id(owner), name), False
+    key, token = (id(owner), name), object()
     try:
         with _held_lock:
-            users, stack = _held.get(key, (0, ExitStack()))
-            if users == 0:
-                stack.enter_context(change())
-            _held[key] = users + 1, stack
-            inside = True
+            if key not in _held:
+                _held[key] = (*prepare(), set())
+            change, _, users = _held[key]
+            first = not users
+            users.add(token)
+            if first:
+                change()
         yield
     finally:
-        if inside:
-            _let_go(key)
+        surely(lambda: _let_go(key, token))
 
 
-def _let_go(key: tuple[int, str]) -> None:
+def surely(undo: Step) -> None:
+    """Run `undo`; if an interrupt comes in between, run it again before that goes on."""
+    try:
+        undo()
+    except BaseException:
+        undo()
+        raise
+
+
+def _let_go(key: tuple[int, str], token: object) -> None:
     with _held_lock:
-        users, stack = _held.pop(key)
-        if users > 1:
-            _held[key] = users - 1, stack
-        else:
-            stack.close()
+        if key not in _held:
+            return
+        _, undo, users = _held[key]
+        users.discard(token)
+        if not users:
+            undo()
+            _held.pop(key, None)
 
 
 @contextmanager
@@ -55,20 +75,18 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
     """
     if torch.is_autocast_enabled(model.device.type):
         torch.clear_autocast_cache()
-    with held_together(model, "eval", lambda: _eval_flags(model)):
+
+    def prepare() -> tuple[Step, Step]:
+        modules = [module for module in model.modules() if module.training]
+        return lambda: _set_training(modules, False), lambda: _set_training(modules, True)
+
+    with held_together(model, "eval", prepare):
         yield
 
 
-@contextmanager
-def _eval_flags(model: PreTrainedModel) -> Iterator[None]:
-    modules = [module for module in model.modules() if module.training]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module in modules:
-            module.training = True
+def _set_training(modules: list[torch.nn.Module], training: bool) -> None:
+    for module in modules:
+        module.training = training
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -72,7 +72,7 @@ class Sampler:
         self._graphs: tuple[Pool, DecodeGraphs] | None = None
         self._weights = WeightsVersion(model)
         self._counts: Counter[str] = Counter()
-        self._alone = threading.Lock()
+        self._guard, self._busy = threading.Lock(), False
         use_torch_threads()
 
     def generate(
@@ -166,17 +166,18 @@ class Sampler:
         """
         mine = False
         try:
-            mine = self._alone.acquire(blocking=False)
-            if not mine:
-                raise ConfigError(
-                    "this Sampler is in use (by another thread, or further up): one session at a "
-                    "time. Make a second Sampler over the same model"
-                )
+            with self._guard:
+                if self._busy:
+                    raise ConfigError(
+                        "this Sampler is in use (by another thread, or further up): one session "
+                        "at a time. Make a second Sampler over the same model"
+                    )
+                self._busy = mine = True
             with self._open(prompts, params, foreign_tokens) as session:
                 yield session
         finally:
             if mine:
-                self._alone.release()
+                self._busy = False
 
     @contextmanager
     def _open(
