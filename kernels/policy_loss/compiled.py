@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -56,15 +58,7 @@ def policy_loss(
         ref_logprob=_optional(batch.ref_logprob),
         entropy=_optional(entropy),
         factor=_optional((batch.stats or {}).get("weight")),
-        surrogate=recipe.surrogate,
-        kl=recipe.kl,
-        aggregation=recipe.aggregation,
-        least=1 - recipe.epsilon,
-        most=1 + recipe.clip_high,
-        delta=float("inf") if recipe.delta is None else recipe.delta,
-        beta=recipe.beta,
-        entropy_coef=recipe.entropy_coef,
-        max_length=norm_length(recipe) if recipe.aggregation.endswith("-norm") else 1.0,
+        method=method_of(recipe),
         num_tokens=-1.0 if batch.num_tokens is None else float(batch.num_tokens),
         num_sequences=-1.0 if batch.num_sequences is None else float(batch.num_sequences),
         a=a,
@@ -80,6 +74,22 @@ def policy_loss(
         a=a,
         b=a.new_zeros(()).expand(len(a)) if b is None else b,
         token_loss=token_loss,
+    )
+
+
+@lru_cache(maxsize=64)
+def method_of(recipe: Recipe) -> _core.PolicyMethod:
+    """Return the settings of a token-local recipe."""
+    return _core.PolicyMethod(
+        surrogate=recipe.surrogate,
+        kl=recipe.kl,
+        aggregation=recipe.aggregation,
+        least=1 - recipe.epsilon,
+        most=1 + recipe.clip_high,
+        delta=float("inf") if recipe.delta is None else recipe.delta,
+        beta=recipe.beta,
+        entropy_coef=recipe.entropy_coef,
+        max_length=norm_length(recipe) if recipe.aggregation.endswith("-norm") else 1.0,
     )
 
 
