@@ -1,5 +1,6 @@
 #include "cpu/logits_policy_loss.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -9,6 +10,9 @@
 
 namespace eapo::cpu {
 namespace {
+
+// Logits that one call of a parallel body takes on: a few rows of a large vocabulary.
+constexpr int64_t kGrain = 1 << 19;
 
 AbsorbArgs row_of(const AbsorbArgs& all, int64_t row, float* references) {
   const int64_t offset = row * all.width * (all.storage == Storage::kFloat32 ? 4 : 2);
@@ -69,7 +73,7 @@ void run_row(const LogitsPolicyLossArgs& args, const float* weights, int64_t row
 
 PolicySums logits_policy_loss(const LogitsPolicyLossArgs& args) {
   const std::vector<float> weights = policy_weights(args.policy);
-  const int64_t grain = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, args.logits.width));
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, args.logits.width));
   parallel_for(args.logits.rows, grain, [&](int64_t first, int64_t last) {
     std::vector<float> references(static_cast<size_t>(loss_blocks(args.logits.width)));
     for (int64_t row = first; row < last; ++row) run_row(args, weights.data(), row, references.data());

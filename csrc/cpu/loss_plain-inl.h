@@ -134,10 +134,11 @@ EAPO_INLINE bool read_plain(const AbsorbArgs& args, int64_t row, const BFloat16*
   const PlainSums start{.top = own ? std::max(span.most, exact) : span.most,
                         .rate = scale * 1.44269504f};
   const float farthest = (std::min(span.least, exact) - start.top) * start.rate;
-  if (!std::isfinite(farthest) || !std::isfinite(exact)) return false;
+  const float reference = (start.top + shift) * scale;
+  if (!std::isfinite(farthest) || !std::isfinite(reference) || !std::isfinite(exact)) return false;
   const PlainSums plain = out ? sum_plain<true>(logits, count, start, out)
                               : sum_plain<false>(logits, count, start, out);
-  sums = {.reference = (start.top + shift) * scale,
+  sums = {.reference = reference,
           .mass = reduce_sum(plain.mass),
           .moment = kLn2 * reduce_sum(plain.moment)};
   if (own) exchange(sums, start, rounded, exact);
