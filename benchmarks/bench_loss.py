@@ -118,7 +118,9 @@ class Case:
                 products.to_hidden(z, weight[columns])
                 out = None if first else total[columns]
                 part = products.to_weight(z, x, out)
-                if first:
+                if not part.is_contiguous():
+                    _core.take_transposed(total[columns], part.T, add=first > 0)
+                elif first:
                     total[columns] += part
 
 
