@@ -23,7 +23,6 @@ from eapo_fast.kernels.linear_token_stats.operator import (
     filled,
     pair,
 )
-from eapo_fast.kernels.linear_token_stats.reference import TorchHead
 from eapo_fast.kernels.policy_loss import reference as losses
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch, check_batch
 from eapo_fast.kernels.policy_loss.rows import Rows, trained_rows
@@ -127,7 +126,9 @@ def _gathered(
         banned=None if banned is None else _banned_of(rows, banned),
         **settings,
     )
-    _prepare(head, rows, recipe)
+    if isinstance(head, CpuHead):
+        head.guess = rows.old_logprob
+    head.truncation = _cut_of(recipe)
     found = run(head, rows, recipe, plan, settings["wanted"])
     of_hidden, of_weight, of_bias = head.gradients()
     head.close()
@@ -164,6 +165,7 @@ def _on_device(
         live=None if live is None else listed(live),
         **settings,
     )
+    head.truncation = _cut_of(recipe)
     found = triton_plan.run(head, batch, recipe, plan, settings["wanted"])
     gradients = head.gradients()
     head.close()
@@ -267,12 +269,10 @@ def _names(recipe: str, reference: bool, stats: str) -> str:
     return " ".join(found.metrics)
 
 
-def _prepare(head: CpuHead | TorchHead, rows: Rows, recipe: Recipe) -> None:
-    """Tell the head what it can know beforehand."""
-    if isinstance(head, CpuHead):
-        head.guess = rows.old_logprob
-    if recipe.entropy_target is not None:
-        head.truncation = Cut(recipe.entropy_target.top_p, recipe.entropy_target.top_k)
+def _cut_of(recipe: Recipe) -> Cut | None:
+    """Return what the truncated entropy of a recipe keeps; None: it has none."""
+    target = recipe.entropy_target
+    return None if target is None else Cut(target.top_p, target.top_k)
 
 
 def _banned_of(rows: Rows, banned: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

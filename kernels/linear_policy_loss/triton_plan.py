@@ -43,6 +43,8 @@ def run(
     if chosen in ("prepass", "whole"):
         head.a.copy_(found.a)
         head.b.copy_(found.b)
+        if found.c is not None:
+            head.c.copy_(found.c)
     for start, stop in slabs if chosen == "prepass" else ():
         head.logits(start, stop)
         head.differentiate(start, stop)
@@ -76,7 +78,10 @@ def loss_of(head: TritonHead, batch: PolicyBatch, recipe: Recipe) -> LossOutput:
     if recipe.locality != "batch-global" and recipe.entropy_band is None:
         return triton_kernel.policy_loss(head.logprob, head.entropy, batch, recipe)
     rows = trained_rows(batch, recipe, torch.float32)
-    return reference.policy_loss(rows, recipe, rows.gather(head.logprob), rows.gather(head.entropy))
+    own = [head.logprob, head.entropy]
+    if recipe.entropy_target is not None:
+        own.append(head.extra("truncated_entropy"))
+    return reference.policy_loss(rows, recipe, *(rows.gather(x) for x in own))
 
 
 def program_of(batch: PolicyBatch, recipe: Recipe) -> dict[str, Any]:

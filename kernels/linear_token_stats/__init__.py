@@ -105,8 +105,7 @@ def linear_token_stats(
             f"min_p keep; got {tuple(extras)} with {cut}"
         )
     check_cut(cut)
-    refusals = ON_REQUEST if cut == Cut(min_p=min_p) else {"triton": _no_sorting}
-    chosen = choose_backend("linear_token_stats", backend, REFUSALS, hidden, on_request=refusals)
+    chosen = choose_backend("linear_token_stats", backend, REFUSALS, hidden, on_request=ON_REQUEST)
     rows, ids = (None, None) if banned is None else banned
     logprob, entropy, further, _ = token_stats(
         hidden,
@@ -125,10 +124,6 @@ def linear_token_stats(
     )
     named = dict(zip(extras, further.unbind(0), strict=True))
     return TokenStats(logprob=logprob, entropy=entropy, extras=named)
-
-
-def _no_sorting(hidden: Tensor) -> str:
-    return "of the cuts it takes min_p alone"
 
 
 def check_head(

@@ -24,6 +24,10 @@ SLAB_BYTES = 5 << 29
 gradient are read and written."""
 MOST_BLOCK = 4096
 """Columns of a row at once."""
+ROOM = 1024
+"""Tokens near the border of a cut that are put aside."""
+SPAN = 512
+"""Columns at once while the border is sought: their sums above eight numbers fill registers."""
 
 NO_PROGRAM: dict[str, Any] = {
     "PROGRAM": False,
@@ -74,14 +78,15 @@ class TritonHead:
         self.bans = None if banned is None else _sorted(banned, count)
         self.state = hidden.new_zeros(count, STATE, dtype=torch.float32) if state is None else state
         # Memory of its own for each: an address off 16 bytes would compile another variant.
-        vectors = [torch.zeros(count, device=device) for _ in range(5)]
-        self.logprob, self.entropy, self.a, self.b, self.losses = vectors
+        vectors = [torch.zeros(count, device=device) for _ in range(6)]
+        self.logprob, self.entropy, self.a, self.b, self.c, self.losses = vectors
         self.of_hidden = _zeros(wanted[0], hidden)
         self.of_weight = _zeros(wanted[1], weight)
         self.of_bias = None if bias is None else _zeros(wanted[2], bias)
         self._slab: Tensor | None = None
+        self._aside: tuple[Tensor, Tensor] | None = None
         self.truncation: Cut | None = None
-        """If set: a min_p cut, whose mass and entropy `extra` then has."""
+        """If set: a cut, whose mass and entropy `extra` then has; c is of that entropy."""
 
     def slab_rows(self, *, keep: bool) -> int:
         """Return how many rows of logits are made at once."""
@@ -128,7 +133,7 @@ class TritonHead:
         """Add what the logit gradients of rows start ... stop contribute to each gradient."""
         own = self.rows[start:stop]
         inside = torch.arange(start, stop, device=own.device) < self.count
-        moves = inside & ((self.a[own] != 0) | (self.b[own] != 0))
+        moves = inside & ((self.a[own] != 0) | (self.b[own] != 0) | (self.c[own] != 0))
         active, count = products.listed(moves)
         slab, width = self._slab, self.source.shape[1]
         settings = products.settings(self.source.dtype, gradient=True)
@@ -164,24 +169,25 @@ class TritonHead:
 
     def extra(self, name: str) -> Tensor:
         """Return a further statistic [n] of rows read with `powers`."""
-        _, mass, _, mass2, mass3, kept, moment = self.state.unbind(1)
+        _, mass, _, mass2, mass3, kept, moment, _, _ = self.state.unbind(1)
         return {
             "max_logprob": -mass.log(),
             "p_max": 1 / mass,
             "sum_p2": mass2 / mass**2,
             "sum_p3": mass3 / mass**3,
             "kept_mass": kept / mass,
-            "truncated_entropy": kept.log() - moment / kept,
+            "truncated_entropy": torch.where(kept == 0, 0.0, kept.log() - moment / kept),
         }[name]
 
     def close(self) -> None:
         """Give memory back; the head is of no use afterwards."""
-        self._slab = None
+        self._slab = self._aside = None
 
     def _set(self, start: int, stop: int, slopes: Coefficients) -> None:
         own = self.rows[start:stop]
         self.a[own] = slopes.a.float()
         self.b[own] = torch.zeros_like(slopes.a) if slopes.b is None else slopes.b.float()
+        self.c[own] = torch.zeros_like(slopes.a) if slopes.c is None else slopes.c.float()
 
     def logits(self, start: int, stop: int) -> None:
         """Make the logits of rows start ... stop."""
@@ -198,7 +204,9 @@ class TritonHead:
         program = dict(program or NO_PROGRAM)
         vectors = [program.pop(name, self.a) for name in VECTORS]
         numbers = [program.pop(name, 0.0) for name in NUMBERS]
-        least = self.truncation.min_p if self.truncation else None
+        cut = self.truncation or Cut()
+        search = cut.top_p is not None or cut.top_k is not None
+        aside, names = self._room(stop - start) if search else (self.a, self.rows)
         starts, ids = self.bans or (self.rows, self.rows)
         block = min(MOST_BLOCK, triton.next_power_of_2(self.vocab))
         launch: Any = run_rows[(stop - start,)]
@@ -215,24 +223,43 @@ class TritonHead:
             self.entropy,
             self.a,
             self.b,
+            self.c,
             *vectors,
             self.losses,
+            aside,
+            names,
             start,
             self.vocab,
             1.0 / self.temperature,
             self.softcap or 0.0,
             *numbers,
-            math.log(least) if least else -math.inf,
+            math.inf if cut.top_p is None else float(cut.top_p),
+            math.inf if cut.top_k is None else float(cut.top_k),
+            math.log(cut.min_p) if cut.min_p else -math.inf,
             BIAS=self.bias is not None,
             CAP=self.softcap is not None,
             BANS=self.bans is not None,
             STATE=STATE,
             CUT=self.truncation is not None,
+            SEARCH=search,
+            THIRD=self.truncation is not None,
+            ROOM=ROOM,
+            SPAN=SPAN,
             BLOCK=block,
             num_warps=8 if block >= 2048 else 4,
             **program,
             **constants,
         )
+
+    def _room(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return room for the tokens near the borders of the rows of a slab."""
+        if self._aside is None or len(self._aside[0]) < rows:
+            device = self.source.device
+            self._aside = (
+                torch.empty(rows, ROOM, device=device),
+                torch.empty(rows, ROOM, dtype=torch.int32, device=device),
+            )
+        return self._aside
 
 
 VECTORS = ("old_logprob", "advantages", "weights", "factor", "ref_logprob")

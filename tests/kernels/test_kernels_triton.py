@@ -15,6 +15,7 @@ CHECKS = [
     "policy_loss",
     "sample",
     "shared_prefix",
+    "truncation",
 ]
 
 

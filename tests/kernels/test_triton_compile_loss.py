@@ -43,6 +43,7 @@ def launches_of(
 ) -> list[Launch]:
     """Launches of one loss with gradients."""
     recipe = recipes.get(name).replace(**changes)
+    target = recipe.entropy_target
     batch = ops.PolicyBatch(
         old_logprob=torch.zeros(rows),
         advantages=torch.ones(2),
@@ -60,6 +61,7 @@ def launches_of(
             live=products.listed(batch.mask),
         )  # fmt: skip
         head.logprob, head.entropy = torch.zeros(rows), torch.zeros(rows)
+        head.truncation = None if target is None else heads.Cut(target.top_p, target.top_k)
         triton_plan.run(head, batch, recipe, plan, wanted)
     return launches
 
@@ -83,6 +85,19 @@ def test_linear_policy_loss(dtype: torch.dtype, capability: int) -> None:
             assert found.stack == 0, launch.name
         if launch.name in ("logits", "to_hidden", "to_weight") and dtype == torch.bfloat16:
             assert "wgmma" in found.ptx or "mma.sync.aligned.m16n8k16" in found.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_third_coefficient(capability: int) -> None:
+    """The search for a border keeps its eight sums in registers."""
+    launches = launches_of("siren", plan="prepass", max_length=100, vocab=151_936)
+    by_variant = {triton_aot.variant(x): x for x in launches if x.name == "run_rows"}
+    assert len(by_variant) == 2
+    for launch in by_variant.values():
+        found = compiled(launch, capability)
+        assert found.stack == 0
+        assert found.registers <= 128
+        assert ".f64" not in found.ptx
 
 
 @pytest.mark.parametrize("name", ["gspo", "gmpo"])

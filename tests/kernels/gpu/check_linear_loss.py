@@ -228,6 +228,9 @@ def compare(
     want, wanted = loss(inputs, batch, recipe, None, **settings)
     for name in ("loss", "a", "b", "token_loss"):
         assert_close(getattr(got, name), getattr(want, name), torch.float32)
+    assert (got.c is None) == (want.c is None)
+    if got.c is not None and want.c is not None:
+        assert_close(got.c, want.c, torch.float32)
     assert got.metrics.keys() == want.metrics.keys()
     for name, value in want.metrics.items():
         torch.testing.assert_close(
