@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from eapo_fast.kernels.checks import compute_dtype
 from eapo_fast.kernels.linear_policy_loss.plans import run
 from eapo_fast.kernels.linear_token_stats.cpu import CpuHead
+from eapo_fast.kernels.linear_token_stats.finite import check_finite
 from eapo_fast.kernels.linear_token_stats.operator import (
     HEADS,
     check_values,
@@ -167,6 +168,9 @@ def _on_device(
     )
     head.truncation = _cut_of(recipe)
     found = triton_plan.run(head, batch, recipe, plan, settings["wanted"])
+    if hidden.device.type == "cpu":
+        own = head.rows[: int(head.count)]
+        check_finite(head.entropy[own], own)
     gradients = head.gradients()
     head.close()
     return found, *gradients

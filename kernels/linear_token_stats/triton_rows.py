@@ -32,11 +32,11 @@ def _ban(row, starts, ids, source):  # type: ignore[no-untyped-def]
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["first"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def run_rows(  # type: ignore[no-untyped-def]
     z,  # [C, V] fp32
-    rows,  # list of rows; those of this slab start at `first`
-    count,  # [1] int64, rows in the list
+    rows,  # list of rows
+    span,  # [2] int64: where in the list the rows of this slab start and stop
     targets,  # [N] int64
     bias,  # [V] fp32
     ban_starts,  # [N + 1] int64
@@ -55,7 +55,6 @@ def run_rows(  # type: ignore[no-untyped-def]
     losses,
     aside,  # [C, ROOM] fp32 and int32: room for tokens near a border
     names,
-    first,
     vocab,
     inverse,  # 1 / temperature
     cap,
@@ -90,9 +89,10 @@ def run_rows(  # type: ignore[no-untyped-def]
 ):
     """One row of a slab."""
     place = tl.program_id(0)
-    if first + place >= tl.load(count):
+    at = tl.load(span) + place
+    if at >= tl.load(span + 1):
         return
-    source = tl.load(rows + first + place)
+    source = tl.load(rows + at)
     row = z + place.to(tl.int64) * vocab
     lane = tl.arange(0, BLOCK)
     if BANS:
