@@ -226,8 +226,11 @@ def norm_length(recipe: Recipe) -> float:
 def _count(
     given: int | Tensor | None, local: int | Tensor, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return a count on the device, at least 1; those of the host are written there, not copied."""
-    count = local if given is None else given
-    if isinstance(count, Tensor) and count.device == device:
-        return count.to(dtype).clamp(min=1)
-    return torch.full((), max(float(count), 1.0), dtype=dtype, device=device)
+    return on_device(local if given is None else given, dtype, device).clamp(min=1)
+
+
+def on_device(number: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a number on the device; one of the host is written there, which waits for nothing."""
+    if isinstance(number, Tensor) and number.device == device:
+        return number.to(dtype)
+    return torch.full((), float(number), dtype=dtype, device=device)

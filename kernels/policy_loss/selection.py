@@ -99,14 +99,15 @@ def _picked(
 ) -> Tensor:
     """Flag the first `count` eligible rows by score or by draw; [n].
 
-    Where the number of rows is not known, all are ranked, and the eligible ones come first then.
+    On a GPU all rows are ranked, and the eligible ones come first then: nobody waits for a number.
     """
+    waits = rows.live is None and eligible.device.type == "cpu"
     sequences = len(rows.lengths)
     position = rows.position()
     rollout = fingerprints(rows.old_logprob, position, rows.sequence, sequences, rows.live)
     place = torch.empty_like(rollout)
     place[rollout.argsort(stable=True)] = torch.arange(sequences, device=place.device)
-    if rows.live is None:
+    if waits:
         chosen = eligible.nonzero().squeeze(1)
     else:
         chosen = torch.arange(len(eligible), device=eligible.device)
@@ -118,7 +119,7 @@ def _picked(
     else:
         rank = score[chosen] if selection.pick == "lowest" else -score[chosen]
     first = chosen[rank.argsort(stable=True)]
-    if rows.live is not None:
+    if not waits:
         first = first[(~eligible[first]).to(torch.uint8).argsort(stable=True)]
     picked = torch.zeros_like(eligible)
     picked[first] = torch.arange(len(first), device=first.device) < count
