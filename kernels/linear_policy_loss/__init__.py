@@ -56,7 +56,8 @@ def linear_policy_loss(
             looks at, else "scale" where it can be had, else "prepass". All give the same.
 
     Raises `ValueError` for arguments that do not fit and for a backend that cannot run here;
-    `NonFiniteError`, on a CPU, for a token whose logits are not finite.
+    `NonFiniteError`, on a CPU, for a token whose logits are not finite. On a GPU the loss is NaN
+    then, and `LossOutput.check` raises.
     """
     check_tensor("hidden", hidden, ["N", "H"], FLOATS)
     if not isinstance(recipe, Recipe):
@@ -71,7 +72,7 @@ def linear_policy_loss(
     dims = " ".join(f"{name}:{values.ndim}" for name, values in stats.items())
     names = operator.metric_names(text, batch.ref_logprob is not None, dims)
     rows, ids = (None, None) if banned is None else banned
-    loss, metrics, a, b, c, token_loss, *_ = operator.policy_loss(
+    loss, metrics, a, b, c, token_loss, bad_token, *_ = operator.policy_loss(
         hidden,
         weight,
         targets,
@@ -107,6 +108,7 @@ def linear_policy_loss(
         b=b,
         c=c if recipe.entropy_target else None,
         token_loss=token_loss,
+        bad_token=bad_token,
     )
 
 

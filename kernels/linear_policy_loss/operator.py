@@ -6,6 +6,7 @@ It computes the gradients together with the loss; the way back only scales them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eapo_fast.kernels import checks
 from eapo_fast.kernels.checks import compute_dtype
 from eapo_fast.kernels.linear_policy_loss.plans import run
 from eapo_fast.kernels.linear_token_stats.cpu import CpuHead
-from eapo_fast.kernels.linear_token_stats.finite import check_finite
+from eapo_fast.kernels.linear_token_stats.finite import check_finite, first_bad
 from eapo_fast.kernels.linear_token_stats.operator import (
     HEADS,
     check_values,
@@ -59,8 +61,10 @@ def policy_loss(
     to_hidden: bool,
     to_weight: bool,
     to_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, metrics [M], a, b, c, token_loss [N], gradients of hidden, weight and bias.
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """Return loss, metrics [M], a, b, c, token_loss [N], bad token, gradients of the three inputs.
 
     c is empty where the recipe has none, and so is a gradient that is not wanted.
     """
@@ -89,13 +93,17 @@ def policy_loss(
     found, of_hidden, of_weight, of_bias = evaluate(
         hidden, weight, targets, batch, method, banned, plan, backend, head_settings
     )
+    bad_token = found.bad_token
+    if bad_token is None:
+        bad_token = targets.new_full((), -1, dtype=torch.int64)
     return (
-        found.loss,
+        torch.where(bad_token >= 0, torch.nan, found.loss),
         torch.stack([found.metrics[name] for name in metric_names.split()]),
         found.a,
         found.b,
         hidden.new_empty(0) if found.c is None else found.c,
         found.token_loss,
+        bad_token,
         *filled((of_hidden, of_weight, of_bias), hidden),
     )
 
@@ -131,6 +139,8 @@ def _gathered(
         head.guess = rows.old_logprob
     head.truncation = _cut_of(recipe)
     found = run(head, rows, recipe, plan, settings["wanted"])
+    if not checks.may_look(head.entropy):
+        found = replace(found, bad_token=first_bad(head.entropy, rows.index))
     of_hidden, of_weight, of_bias = head.gradients()
     head.close()
     if of_hidden is not None and rows.index is not None:
@@ -168,9 +178,11 @@ def _on_device(
     )
     head.truncation = _cut_of(recipe)
     found = triton_plan.run(head, batch, recipe, plan, settings["wanted"])
-    if hidden.device.type == "cpu":
+    if checks.may_look(head.entropy):
         own = head.rows[: int(head.count)]
         check_finite(head.entropy[own], own)
+    else:
+        found = replace(found, bad_token=first_bad(head.entropy))
     gradients = head.gradients()
     head.close()
     return found, *gradients
@@ -191,6 +203,7 @@ def _(
         torch.empty_like(row),
         c,
         torch.empty_like(row),
+        hidden.new_empty((), dtype=torch.int64),
         *empty_gradients(hidden, weight, bias, wanted),
     )
 
@@ -198,7 +211,7 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[6:])
+    ctx.save_for_backward(*output[7:])
     ctx.stats, ctx.wanted = len(inputs[9]), inputs[-3:]
 
 
