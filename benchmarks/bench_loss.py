@@ -220,52 +220,6 @@ def measure(case: Case, sides: list[str], repeats: int, device: str) -> list[dic
     return lines
 
 
-def given_logits(repeats: int) -> dict[str, float]:
-    """Time statistics and gradient in place over bfloat16 logits, as a share of copying them."""
-    rows, vocab, step = 512, 151_936, 4
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(rows, vocab, generator=generator).bfloat16()
-    targets = torch.randint(vocab, (rows,), generator=generator)
-    slope, same = torch.ones(rows), torch.arange(step)
-    blocks = -(-vocab // _core.LOSS_BLOCK)
-
-    def run(values: Tensor) -> None:
-        for first in range(0, rows, step):
-            part = slice(first, first + step)
-            state = torch.zeros(step, _core.LOSS_STATE, dtype=torch.float64)
-            state[:, 0] = -torch.inf
-            references = torch.empty(step, blocks)
-            _core.absorb_logits(
-                values[part], 0, targets[part], None, None, None, 1.0, 0.0, None, None, state,
-                False, values[part], references,
-            )  # fmt: skip
-            _core.logit_gradient(
-                values[part], 0, references, state, targets[part], same, same, slope[part], None,
-                1.0, 0.0,
-            )  # fmt: skip
-
-    found = logits[:8].clone()
-    rows, kept = 8, rows
-    run(found)
-    leaf = logits[:8].double().requires_grad_()
-    leaf.log_softmax(-1).gather(1, targets[:8, None]).sum().backward()
-    assert leaf.grad is not None
-    assert float((found.double() - leaf.grad).norm() / leaf.grad.norm()) < 2**-7
-    rows = kept
-    work, other = logits.clone(), torch.empty_like(logits)
-    copy = min(seconds(lambda: other.copy_(logits)) for _ in range(repeats + 2))
-    best = float("inf")
-    for _ in range(repeats):
-        work.copy_(logits)
-        best = min(best, seconds(lambda: run(work)))
-    moved = 2 * logits.nbytes
-    print(
-        f"given logits, bfloat16 {kept} x {vocab}: {best * 1e3:.1f} ms, {moved / best / 1e9:.1f} "
-        f"GB/s, {copy / best:.0%} of the copy's {moved / copy / 1e9:.1f} GB/s"
-    )
-    return {"ms": best * 1e3, "share_of_copy": copy / best}
-
-
 def main() -> None:
     """Measure every size and dtype."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -288,8 +242,6 @@ def main() -> None:
             print(f"{size} {SIZES[size]} {dtype}")
             case = Case(*SIZES[size], getattr(torch, dtype), device)
             results[f"{size} {dtype}"] = measure(case, options.sides, options.repeats, device)
-    if device == "cpu":
-        results["given logits"] = given_logits(options.repeats)
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
 

@@ -73,6 +73,10 @@ struct LogitGradientArgs {
 void absorb_logits(const AbsorbArgs& args);
 void logit_gradient(const LogitGradientArgs& args);
 
+// The same for some rows (of the gradient), on the calling thread.
+void absorb_rows(const AbsorbArgs& args, int64_t first, int64_t last);
+void gradient_rows(const LogitGradientArgs& args, int64_t first, int64_t last);
+
 // Sets every entry of row i of a bfloat16 [rows, width] to values[i], rounded.
 void fill_rows(uint16_t* out, const float* values, int64_t rows, int64_t width);
 

@@ -1,4 +1,4 @@
-// Logit gradients from the exponentials that loss-inl.h leaves, and sums of weight gradients.
+// Logit gradients from the exponentials that are left of logits, and sums of weight gradients.
 
 // The numbers of one row of the gradient, and of one block of it.
 struct Slope {
@@ -27,6 +27,10 @@ EAPO_INLINE Slope slope_of(const LogitGradientArgs& args, int64_t k) {
 template <typename T, typename Map>
 EAPO_INLINE void rewrite(const T* from, T* to, int64_t count, const Map& map) {
   int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    const Pair e = load_pair(from + i);
+    put(to + i, Pair{map(e.first), map(e.second)});
+  }
   for (; i + kLanes <= count; i += kLanes) put(to + i, map(load(from + i)));
   if (i < count) store_first(to + i, count - i, map(load_first(from + i, count - i, T{})));
 }
@@ -78,13 +82,16 @@ void gradient_rows(const LogitGradientArgs& args, int64_t first, int64_t last) {
   }
 }
 
+inline void gradient_any(const LogitGradientArgs& args, int64_t first, int64_t last) {
+  if (args.storage == Storage::kFloat32)
+    gradient_rows<float>(args, first, last);
+  else
+    gradient_rows<BFloat16>(args, first, last);
+}
+
 inline void logit_gradient(const LogitGradientArgs& args) {
-  parallel_for(args.count, loss_grain(args.width), [&](int64_t first, int64_t last) {
-    if (args.storage == Storage::kFloat32)
-      gradient_rows<float>(args, first, last);
-    else
-      gradient_rows<BFloat16>(args, first, last);
-  });
+  parallel_for(args.count, loss_grain(args.width),
+               [&](int64_t first, int64_t last) { gradient_any(args, first, last); });
 }
 
 inline void fill_rows(uint16_t* out, const float* values, int64_t rows, int64_t width) {
