@@ -23,10 +23,11 @@ from eapo_fast.kernels.linear_token_stats.coefficients import (
     spans,
 )
 from eapo_fast.kernels.linear_token_stats.cpu_truncation import (
+    ROWS,
     Exponentials,
     Truncation,
+    truncated,
     truncated_gradient,
-    truncations,
 )
 from eapo_fast.kernels.linear_token_stats.gradients import Gradients
 from eapo_fast.kernels.linear_token_stats.memory import Workspace
@@ -97,7 +98,7 @@ class CpuHead:
         """If set: of the truncated entropy and mass [n] that `read` then fills in."""
         self.truncated: Tensor | None = None
         self.kept_mass: Tensor | None = None
-        self._cuts: list[Truncation] = []
+        self._cut: Truncation | None = None
         self.state = _blank_state(len(hidden)) if state is None else state
         self.logprob = torch.empty(len(hidden))
         self.entropy = torch.empty_like(self.logprob)
@@ -166,14 +167,8 @@ class CpuHead:
         own = slopes.of(source)
         with self.totals.of_rows(where) as total:
             for left in self._kept:
-                further = None
-                if own.c is not None:
-                    further = truncated_gradient(
-                        self._cuts, left, self.state[rows], source, own.c,
-                        self.temperature, self.softcap,
-                    )  # fmt: skip
-                dz = self._differentiate(left, self.state[rows], self.targets[rows], source, own)
-                total.add(dz if further is None else dz.add_(further), left.columns)
+                dz = self._slab_gradient(left, rows, source, own)
+                total.add(dz, left.columns)
 
     def replay(self, start: int, stop: int, slopes: Coefficients) -> None:
         """Add the gradients of rows start ... stop, read before, computing their logits again."""
@@ -221,9 +216,9 @@ class CpuHead:
         if self.truncated is None or self.kept_mass is None:
             self.truncated = torch.empty_like(self.logprob)
             self.kept_mass = torch.empty_like(self.logprob)
-        self._cuts = truncations(cut, self._kept, self.state[start:stop])
-        self.kept_mass[start:stop] = torch.cat([c.mass for c in self._cuts])
-        self.truncated[start:stop] = torch.cat([c.entropy for c in self._cuts])
+        self._cut = truncated(cut, self._kept, self.state[start:stop])
+        self.kept_mass[start:stop] = self._cut.mass
+        self.truncated[start:stop] = self._cut.entropy
 
     def close(self) -> None:
         """Give memory back; the head is of no use afterwards."""
@@ -303,6 +298,23 @@ class CpuHead:
             references=out[1],
         )
 
+    def _slab_gradient(
+        self, left: Exponentials, slab: slice, source: Tensor, slopes: Coefficients
+    ) -> Tensor:
+        """Return the gradients [K, W] of rows `source` of a slab that was read with `keep`."""
+        state, targets = self.state[slab], self.targets[slab]
+        if slopes.c is None:
+            return self._differentiate(left, state, targets, source, slopes)
+        assert self._cut is not None
+        settings = (self.temperature, self.softcap)
+        for part in torch.arange(len(source)).split(ROWS):  # in order: see `compacted`
+            own, some = source[part], slopes.of(part)
+            assert some.c is not None
+            further = truncated_gradient(self._cut, left, state, own, some.c, *settings)
+            self._differentiate(left, state, targets, own, some, target=part)
+            left.tile[part[0] : part[-1] + 1] += further
+        return left.tile[: len(source)]
+
     def _differentiate(
         self,
         left: Exponentials,
@@ -310,8 +322,12 @@ class CpuHead:
         targets: Tensor,
         source: Tensor,
         slopes: Coefficients,
+        target: Tensor | None = None,
     ) -> Tensor:
-        """Return the gradients [K, W] of rows `source`, in the place of the exponentials."""
+        """Return the gradients [K, W] of rows `source`, in the place of the exponentials.
+
+        `target` [K]: the rows that they become; None: the first K.
+        """
         _core.logit_gradient(
             left.tile,
             column=left.columns.start,
@@ -319,7 +335,7 @@ class CpuHead:
             state=state,
             targets=targets,
             source=source,
-            target=torch.arange(len(source)),
+            target=torch.arange(len(source)) if target is None else target,
             a=slopes.a.float(),
             b=None if slopes.b is None else slopes.b.float(),
             temperature=self.temperature,

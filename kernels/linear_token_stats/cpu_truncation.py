@@ -17,7 +17,7 @@ from torch import Tensor
 from eapo_fast import _core
 from eapo_fast.kernels.truncated_entropy.reference import Cut, truncated_entropy
 
-_ROWS = 32
+ROWS = 32
 """Rows whose whole distribution exists at once."""
 
 
@@ -57,43 +57,40 @@ def log_probabilities(left: Exponentials, state: Tensor, rows: slice | Tensor) -
     return left.tile[rows].float().log().add_(spread)
 
 
-def truncations(cut: Cut, kept: Sequence[Exponentials], state: Tensor) -> list[Truncation]:
-    """Truncate the rows of a slab, some at a time."""
-    found = []
-    for start in range(0, len(state), _ROWS):
-        rows = slice(start, start + _ROWS)
+def truncated(cut: Cut, kept: Sequence[Exponentials], state: Tensor) -> Truncation:
+    """Truncate the rows of a slab, a few at a time."""
+    count = len(state)
+    numbers = (torch.empty(count), torch.empty(count), torch.empty(count))
+    found = Truncation(*numbers, torch.empty(count, dtype=torch.int64))
+    for start in range(0, count, ROWS):
+        rows = slice(start, start + ROWS)
         log_p = torch.cat([log_probabilities(left, state[rows], rows) for left in kept], 1)
         inside = cut.kept(log_p)
-        mass, entropy = truncated_entropy(log_p, inside)
+        found.mass[rows], found.entropy[rows] = truncated_entropy(log_p, inside)
         least = log_p.masked_fill(~inside, torch.inf).amin(1)
         equal = inside & (log_p == least[:, None])
-        last = (equal * torch.arange(log_p.shape[1])).amax(1)
-        found.append(Truncation(mass, entropy, least, last))
+        found.least[rows] = least
+        found.last[rows] = (equal * torch.arange(log_p.shape[1])).amax(1)
     return found
 
 
 def truncated_gradient(
-    cuts: Sequence[Truncation],
+    cuts: Truncation,
     left: Exponentials,
     state: Tensor,
-    source: Tensor,
+    rows: Tensor,
     c: Tensor,
     temperature: float,
     softcap: float,
 ) -> Tensor:
-    """Return c dHt/dlogit [K, W], in the dtype of the tile, of its rows `source` [K]."""
-    whole = Truncation(*(torch.cat(column) for column in zip(*cuts, strict=True)))
-    out = torch.empty_like(left.tile[: len(source)])
-    for part in torch.arange(len(source)).split(_ROWS):
-        rows = source[part]
-        log_p = log_probabilities(left, state[rows], rows)
-        dz = entropy_slope(whole.of(rows), log_p, left.columns) * (c[part] / temperature)[:, None]
-        if softcap:
-            y = log_p + (state[rows, :1] + state[rows, 1:2].log()).float()
-            bend = y.nan_to_num(neginf=0.0) * (temperature / softcap)
-            dz *= 1 - bend.square()
-        out[part] = dz.to(out.dtype)
-    return out
+    """Return c dHt/dlogit [K, W], in the dtype of the tile, of K of its rows: a few at a time."""
+    log_p = log_probabilities(left, state[rows], rows)
+    dz = entropy_slope(cuts.of(rows), log_p, left.columns).mul_((c / temperature)[:, None])
+    if softcap:
+        y = log_p + (state[rows, :1] + state[rows, 1:2].log()).float()
+        bend = y.nan_to_num(neginf=0.0) * (temperature / softcap)
+        dz *= 1 - bend.square()
+    return dz.to(left.tile.dtype)
 
 
 def entropy_slope(cut: Truncation, log_p: Tensor, columns: slice) -> Tensor:

@@ -209,3 +209,19 @@ def test_group_filter_leaves_unknown_accuracies_out():
 def test_recipes_need_no_torch():
     code = "import sys, eapo_fast.recipes as r; r.get('eapo'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_no_name_and_no_recipe_is_refused_in_words():
+    for name in (3, None, [], "EAPO"):
+        with pytest.raises(ConfigError, match=r"^recipe: got .*, allowed is one of bnpo"):
+            recipes.get(name)
+    with pytest.raises(ConfigError, match=r"Did you mean 'grpo'"):
+        recipes.get("GRPO")
+    with pytest.raises(ConfigError, match=r"^a recipe must be a JSON object"):
+        Recipe.from_json(None)
+    with pytest.raises(ConfigError, match=r"^a recipe: got \[1\], allowed is a mapping"):
+        Recipe.from_dict([1])
+    with pytest.raises(ConfigError, match=r"^epsilon: got 1000"):
+        Recipe.from_json('{"name": "x", "epsilon": 1' + "0" * 400 + "}")
+    with pytest.raises(ConfigError, match=r"^source: got 3, allowed is text"):
+        Recipe(name="x", source=3)

@@ -33,10 +33,7 @@ def names() -> list[str]:
 
 def get(name: str) -> Recipe:
     """Return the recipe of that name. Raises `ConfigError` for an unknown one."""
-    try:
+    if isinstance(name, str) and name in _BY_NAME:
         return _BY_NAME[name]
-    except KeyError:
-        hint = suggest(name, _BY_NAME)
-        raise ConfigError(
-            f"recipe: got {name!r}, allowed is one of {', '.join(names())}.{hint}"
-        ) from None
+    hint = suggest(str(name).lower(), _BY_NAME)
+    raise ConfigError(f"recipe: got {name!r}, allowed is one of {', '.join(names())}.{hint}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -28,6 +29,8 @@ class Data:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Build from a mapping. Raises `ConfigError` for an unknown field or a bad value."""
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"{cls.kind}: got {fields!r}, allowed is a mapping of fields")
         known = dataclasses.fields(cls)  # type: ignore[arg-type]
         names = [f.name for f in known]
         for unknown in [f for f in fields if f not in names]:
@@ -58,7 +61,8 @@ def check_number(
 ) -> None:
     """Raise `ConfigError` unless `value` is finite, in [minimum, maximum] and more than `above`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and minimum <= value <= maximum and value > above:
+    finite = number and abs(value) <= sys.float_info.max
+    if finite and minimum <= value <= maximum and value > above:
         return
     limits = " and ".join(
         f"{word} {limit:g}"

@@ -121,6 +121,8 @@ class Recipe(Data):
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):
             raise ConfigError(f"name: got {self.name!r}, allowed is text that is not empty")
+        if not isinstance(self.source, str):
+            raise ConfigError(f"source: got {self.source!r}, allowed is text")
         for field, allowed in _CHOICES.items():
             check_choice(field, getattr(self, field), allowed)
         for field in ("advantage_eps", "epsilon", "beta"):
@@ -212,7 +214,7 @@ class Recipe(Data):
         """Read what `to_json` wrote. Raises `ConfigError`."""
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
             raise ConfigError(f"a recipe must be a JSON object: {error}") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"a recipe must be a JSON object, got {type(fields).__name__}")
