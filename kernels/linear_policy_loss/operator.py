@@ -187,7 +187,6 @@ def _on_device(
         found = replace(found, bad_token=first_bad(head.entropy))
     gradients = head.gradients()
     head.close()
-    finite.check_finite(found, head.logprob, head.entropy, batch)
     return found, *gradients
 
 

@@ -177,14 +177,21 @@ def test_gradient_checkpointing_changes_nothing(
         torch.testing.assert_close(gradient, expected[name])
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["cpu", "as on a GPU"])
 def test_not_finite_update_leaves_the_weights(
-    make_model: Callable[..., Any], rollouts: list[Rollout]
+    make_model: Callable[..., Any],
+    rollouts: list[Rollout],
+    waits: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """On a GPU the token is named where the step waits for its loss."""
+    monkeypatch.setattr(checks, "may_look", lambda tensor: waits)
     model = make_model()
     args = EAPOConfig(bf16=False, learning_rate=1.0)
     updater = Updater(model, args, resolve_recipe(args), LearningRate(1.0, "constant", 0, 1))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.warns(RuntimeWarning, match="step 1 changes nothing: the loss is nan, first at"):
+    culprit = "advantages: entry 0 is nan" if waits else "the loss is nan, first at"
+    with pytest.warns(RuntimeWarning, match=f"step 1 changes nothing: {culprit}"):
         metrics = updater.step(rollouts, [float("nan"), 1.0, 1.0, 1.0], 1)
     assert metrics["skipped"] == 1.0
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
