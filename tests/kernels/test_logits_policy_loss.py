@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eapo_fast import ops, recipes
+from eapo_fast import _core, ops, recipes
 from eapo_fast.kernels.linear_token_stats.finite import NonFiniteError
 from eapo_fast.recipes import Recipe
 
@@ -135,15 +135,19 @@ def test_every_instruction_set_agrees(vocab: int) -> None:
     assert float((leaf.grad.double() - slope).norm() / slope.norm()) < 2**-8
 
 
-def test_threads_and_neighbours_change_no_bit() -> None:
-    logits, targets, batch = case(4999, torch.bfloat16)
+@pytest.mark.parametrize("name", ["eapo", "gspo"])
+def test_threads_change_no_bit(name: str) -> None:
+    logits, targets, batch = case(70_001, torch.bfloat16)  # several calls of a parallel body
     found = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        leaf = logits.clone().requires_grad_()
-        ops.logits_policy_loss(leaf, targets, batch, recipes.get("eapo")).loss.backward()
-        found.append(leaf.grad)
-    torch.set_num_threads(2)
+    before = _core.num_threads()
+    try:
+        for threads in (1, 2, 5):
+            _core.set_num_threads(threads)
+            leaf = logits.clone().requires_grad_()
+            ops.logits_policy_loss(leaf, targets, batch, recipes.get(name)).loss.backward()
+            found.append(leaf.grad)
+    finally:
+        _core.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found[1:])  # type: ignore[arg-type]
 
 
