@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 from eapo_fast.experts.base import (
+    ACCEPTED,
     Attempt,
     ConsultRequest,
     ConsultResult,
@@ -219,9 +220,13 @@ class Board:
                 return
             consult.claimed = True
         self._record(consult.request, reply)
-        result = self._result(consult, reply, usage, cost)
+        try:
+            result = self._result(consult, reply, usage, cost)
+        except Exception as error:  # whatever is wrong with a reply, nobody waits for ever
+            detail = redact(f"{type(error).__name__}: {error}")[:MAX_DETAIL]
+            result = ConsultResult("malformed", cost=cost, detail=detail)
         self.counters.ended(result)
-        self._log(reply.status, result.detail)
+        self._log(result.status if reply.status in ACCEPTED else reply.status, result.detail)
         with self.changed:
             consult.handle._result = result
             self.outstanding.pop(consult, None)
@@ -268,7 +273,7 @@ class Board:
             return
         try:
             self.recorder.write(request, reply)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             self._warn_once("record", f"a consult could not be recorded: {error}")
 
     def _store(self, flight: Flight, reply: ExpertReply) -> None:

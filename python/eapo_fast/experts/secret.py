@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from eapo_fast.errors import ConfigError
+from eapo_fast.experts.sanitize import without_hidden
 
 MASK = "[redacted]"
 _LIVE: weakref.WeakSet[Secret] = weakref.WeakSet()
@@ -96,6 +97,16 @@ def scrub(text: str) -> str:
         for form in secret.forms():
             text = text.replace(form, MASK)
     return text
+
+
+def scrub_hidden(text: str) -> str:
+    """`text` without any live `Secret`, however many hidden characters stand inside of one."""
+    if not text or not _LIVE:
+        return text
+    text = scrub(text)
+    bare = without_hidden(text)
+    clean = scrub(bare)
+    return text if clean == bare else clean
 
 
 def redact(text: str) -> str:
