@@ -235,6 +235,14 @@ def test_thinking_is_removed_in_every_shape() -> None:
     assert {text: strip_thinking(text) for text in shapes} == shapes
 
 
+def test_a_reply_of_nothing_but_thinking_tags_costs_no_time() -> None:
+    start = time.process_time()
+    assert strip_thinking("<think>" * 200_000) == ""
+    assert strip_thinking("<think>a</think>" * 100_000 + "b") == "b"
+    assert strip_thinking("a</think>" * 100_000 + "b") == "b"
+    assert time.process_time() - start < 2.0
+
+
 def test_template_fields_cannot_name_each_other() -> None:
     request = ConsultRequest("{problem}{query}", "{query}")
     assert fill("{problem}|{query}|{other}", request) == "{query}|{problem}{query}|{other}"
