@@ -6,7 +6,6 @@ Everything here is thread-safe. `changed` guards the flights; it is notified at 
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -57,7 +56,7 @@ class Board:
         self._immediate = bool(getattr(expert, "immediate", False))
         self._warned: set[str] = set()
         self._landed = 0
-        self._shelf = Shelf(None if self._replays else policy)
+        self._shelf = Shelf(None if self._replays else policy, self._cannot_store)
         self.recorder = None if policy.record is None else Recorder(policy.record)
 
     def enter(self, consult: Consult) -> Flight | None:
@@ -164,7 +163,7 @@ class Board:
     def land(self, flight: Flight, reply: ExpertReply) -> None:
         """End every waiter of the flight; the first one carries its cost."""
         if reply.status == "ok" and shape(reply, self.policy).status != "malformed":
-            self._store(flight, reply)
+            self._shelf.put(flight.key, flight.request, reply)
         usage, cost = reply.usage, flight.cost
         for consult in self.thin(flight, lambda _: True):
             self._end(consult, reply, usage, cost)
@@ -276,11 +275,8 @@ class Board:
         except (OSError, TypeError, ValueError) as error:
             self._warn_once("record", f"a consult could not be recorded: {error}")
 
-    def _store(self, flight: Flight, reply: ExpertReply) -> None:
-        try:
-            self._shelf.put(flight.key, flight.request, reply)
-        except sqlite3.Error as error:
-            self._warn_once("cache", f"a reply could not be cached: {error}")
+    def _cannot_store(self, error: Exception) -> None:
+        self._warn_once("cache", f"a reply could not be cached: {error}")
 
     def _log(self, status: ConsultStatus, detail: str) -> None:
         bad_query = self._immediate and status in ("malformed", "refused")
