@@ -22,7 +22,7 @@ from eapo_fast.experts.base import (
     Trace,
     Usage,
 )
-from eapo_fast.experts.budget import Ledger, Reservation
+from eapo_fast.experts.budget import NANO, Ledger, Reservation
 from eapo_fast.experts.cache import Shelf, request_key
 from eapo_fast.experts.calling import worst_case
 from eapo_fast.experts.flights import Consult, Flight
@@ -117,6 +117,7 @@ class Board:
             extra = self._hold(flight)
         except Exception:  # the expert's own bound is the user's code
             return None
+        flight.extra = extra
         if extra is not None and flight.reservation is not None:
             flight.held = extra.amount.plus(flight.reservation.amount).most(flight.held)
         return extra
@@ -148,8 +149,18 @@ class Board:
             return
         usage = reply.usage if reply else None
         amount = self.ledger.settle(reservation, usage)
-        flight.cost += amount.nano / 1e9
-        self.counters.charged(usage.tokens if usage else 0, amount.nano / 1e9)
+        if not amount.consults:
+            return  # closed before, when nobody waited for it any more
+        flight.nano += amount.nano
+        self.counters.charged(usage.tokens if usage else 0, amount.nano / NANO)
+
+    def write_off(self, flight: Flight) -> None:
+        """Keep all that is held for calls under way: nobody waits for what they will use."""
+        if not flight.sent:
+            return
+        for reservation in (flight.reservation, flight.extra):
+            if reservation is not None:
+                self.close_reservation(flight, reservation, None)
 
     def _attempt(self, flight: Flight, reply: ExpertReply | None) -> Attempt:
         if self._immediate:
@@ -161,18 +172,26 @@ class Board:
         return Attempt(start, seconds, reply.status if reply else lost, expert)
 
     def land(self, flight: Flight, reply: ExpertReply) -> None:
-        """End every waiter of the flight; the first one carries its cost."""
+        """End every waiter of the flight; the first of the last to go carries its cost."""
         if reply.status == "ok" and shape(reply, self.policy).status != "malformed":
             self._shelf.put(flight.key, flight.request, reply)
-        usage, cost = reply.usage, flight.cost
-        for consult in self.thin(flight, lambda _: True):
-            self._end(consult, reply, usage, cost)
-            usage, cost = None, 0.0
+        self._end_all(flight, self.thin(flight, lambda _: True), reply, reply.usage)
 
     def drop(self, flight: Flight, reply: ExpertReply, hopeless: Callable[[Consult], bool]) -> None:
         """End the waiters that are `hopeless` with a failure; the others wait on."""
-        for consult in self.thin(flight, hopeless):
-            self._end(consult, reply)
+        self._end_all(flight, self.thin(flight, hopeless), reply)
+
+    def _end_all(
+        self,
+        flight: Flight,
+        gone: Sequence[Consult],
+        reply: ExpertReply,
+        usage: Usage | None = None,
+    ) -> None:
+        cost = 0.0 if flight.waiters else flight.nano / NANO
+        for consult in gone:
+            self._end(consult, reply, usage, cost)
+            usage, cost = None, 0.0
 
     def thin(self, flight: Flight, goes: Callable[[Consult], bool]) -> list[Consult]:
         """Take waiters off a flight; one without waiters can no longer be joined."""
@@ -190,11 +209,12 @@ class Board:
         if flight is None or consult.claimed:
             return None
         gone = self.thin(flight, lambda other: other is consult)
-        if status == "timeout" and not flight.waiters:
-            flight.expired = True
-        for other in gone:
-            self._end(other, ExpertReply.failed(status, f"ended at {status}"))
-        return flight if gone and not flight.waiters else None
+        dead = bool(gone) and not flight.waiters
+        if dead:
+            flight.expired = status == "timeout"
+            self.write_off(flight)
+        self._end_all(flight, gone, ExpertReply.failed(status, f"ended at {status}"))
+        return flight if dead else None
 
     def decline(self, consult: Consult) -> None:
         """End a consult that the gate refused before dispatch."""
@@ -262,7 +282,7 @@ class Board:
             "merged" if consult.merged else "expert",
             (*flight.log, *running),
             flight.held.tokens,
-            flight.held.nano / 1e9,
+            flight.held.nano / NANO,
             reply.expert,
             transforms,
         )
