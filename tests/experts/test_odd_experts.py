@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
+from eapo_fast.errors import ConfigError
 from eapo_fast.experts import (
     Budget,
+    Calculator,
     ConsultPolicy,
     ConsultRequest,
     ConsultScheduler,
     ExpertReply,
     Function,
+    Pool,
     Usage,
 )
 
@@ -111,3 +114,38 @@ def test_a_fault_of_ours_in_a_result_leaves_nobody_waiting(
         with ConsultScheduler(expert, ConsultPolicy(timeout=2.0)) as desk:
             result = desk.submit(ConsultRequest("q")).result(9.0)
         assert (result.status, result.detail) == ("malformed", "ZeroDivisionError: ours")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Function(42),  # type: ignore[arg-type]
+        lambda: Function(str, max_cost=-1.0),  # type: ignore[arg-type]
+        lambda: Function(str, max_cost=float("nan")),  # type: ignore[arg-type]
+        lambda: Function(str, max_reply_tokens=0),  # type: ignore[arg-type]
+        lambda: Pool(Calculator()),  # type: ignore[arg-type]
+        lambda: Pool([Calculator]),  # type: ignore[list-item]
+        lambda: ConsultScheduler(Calculator),  # type: ignore[arg-type]
+        lambda: ConsultScheduler(Calculator(), {"timeout": 1.0}),  # type: ignore[arg-type]
+        lambda: ConsultScheduler(Calculator(), budget=5),  # type: ignore[arg-type]
+        lambda: ConsultScheduler(Calculator(), budget=[5]),  # type: ignore[list-item]
+        lambda: ConsultPolicy(timeout="5"),  # type: ignore[arg-type]
+        lambda: ConsultPolicy(max_concurrency="4"),  # type: ignore[arg-type]
+        lambda: ConsultPolicy(max_concurrency=1.5),  # type: ignore[arg-type]
+        lambda: ConsultPolicy(max_wait=float("inf")),
+        lambda: Budget(consults="3"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_asked(make: Callable[[], Any]) -> None:
+    with pytest.raises(ConfigError):
+        make()
+
+
+def test_another_function_is_another_expert_in_the_cache() -> None:
+    one, same, other = (
+        Function(lambda request: "a"),
+        Function(lambda request: "a"),
+        Function(lambda request: "b"),
+    )
+    assert one.identity == same.identity != other.identity
+    assert Function(lambda request: "a", identity="mine").identity == "mine"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eapo_fast.experts.base import ConsultRequest, ConsultStatus, ExpertReply, Usage
+from eapo_fast.experts.secret import scrub_hidden
 
 SYSTEM = (
     "You advise a student who solves a problem alone. Answer the question with a short, "
@@ -19,6 +20,7 @@ SYSTEM = (
 PROMPT = "Problem:\n{problem}\n\nQuestion:\n{query}"
 
 _THINK_TAG = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
+_QUOTED = 200
 _FIELD = re.compile(r"\{(problem|query)\}")
 
 
@@ -146,11 +148,10 @@ def _seconds_until(date: str, now: float) -> float:
 
 
 def _start(body: bytes) -> str:
-    return repr(body[:200].decode(errors="replace"))
+    """The beginning of a body; keys go first, or the cut would leave a part of one."""
+    return repr(scrub_hidden(body.decode(errors="replace"))[:_QUOTED])
 
 
-def request_body(
-    model: str, chat: list[dict[str, str]], options: Mapping[str, Any]
-) -> dict[str, Any]:
+def request_body(chat: list[dict[str, str]], options: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON body; options override."""
-    return {"model": model, "messages": chat, "stream": False, **options}
+    return {"messages": chat, "stream": False, **options}

@@ -22,6 +22,7 @@ from eapo_fast.experts.base import (
 from eapo_fast.experts.board import Board, logger
 from eapo_fast.experts.budget import Budget, Ledger
 from eapo_fast.experts.calling import call_expert, run_now
+from eapo_fast.experts.checks import is_number
 from eapo_fast.experts.dispatch import Dispatcher
 from eapo_fast.experts.flights import Consult, Flight
 from eapo_fast.experts.gate import gate_accepts, gate_draw
@@ -55,7 +56,7 @@ class ConsultScheduler:
         seed: int = 0,
     ) -> None:
         self.expert = _checked_expert(expert)
-        self.policy = policy or ConsultPolicy()
+        self.policy = _checked_policy(policy)
         self.ledger = budget if isinstance(budget, Ledger) else Ledger(budget)
         self.seed = seed
         self.immediate = bool(getattr(expert, "immediate", False))
@@ -267,12 +268,21 @@ class ConsultScheduler:
 
 
 def _checked_expert(expert: Expert) -> Expert:
-    if callable(getattr(expert, "answer", None)) and getattr(expert, "max_batch_size", 0) >= 1:
+    if isinstance(expert, type):
+        raise ConfigError(f"expert is the class {expert.__name__}; give an instance of it.")
+    size = getattr(expert, "max_batch_size", 0)
+    if callable(getattr(expert, "answer", None)) and is_number(size) and size >= 1:
         return expert
     raise ConfigError(
         f"expert is {type(expert).__name__}; it needs max_batch_size >= 1 and an async method "
         "answer(requests). Wrap a plain function as experts.Function(fn)."
     )
+
+
+def _checked_policy(policy: ConsultPolicy | None) -> ConsultPolicy:
+    if policy is None or isinstance(policy, ConsultPolicy):
+        return policy or ConsultPolicy()
+    raise ConfigError(f"policy is {policy!r}; give a ConsultPolicy or None.")
 
 
 def _check_prices(expert: Expert, ledger: Ledger) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import re
 import urllib.parse
@@ -23,6 +24,36 @@ _LOOKS_SECRET = re.compile(
 )
 
 
+_LOGGERS = (
+    "asyncio",
+    "eapo_fast.experts",
+    "httpx",
+    *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")),
+)
+"""Loggers that may be handed what a server sent: its status line and headers, an exception."""
+
+
+class _KeyFilter(logging.Filter):
+    """Takes live keys out of log records: the second line of defence."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        try:
+            message = record.getMessage()
+        except Exception:  # a record that cannot be written shows nothing
+            return True
+        clean = scrub(message)
+        if clean != message:
+            record.msg, record.args = clean, None
+        if record.exc_info and record.exc_info[1] is not None:
+            text = logging.Formatter().formatException(record.exc_info)
+            if scrub(text) != text:
+                record.exc_text, record.exc_info = scrub(text), None
+        return True
+
+
+_FILTER = _KeyFilter()
+
+
 class Secret:
     """A key whose every text form is masked; it can be neither pickled nor copied."""
 
@@ -31,6 +62,8 @@ class Secret:
     def __init__(self, value: str) -> None:
         self._value = value
         _LIVE.add(self)
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_FILTER)
 
     def reveal(self) -> str:
         """The key itself: for a request header, nowhere else."""
@@ -44,6 +77,7 @@ class Secret:
             self._value,
             urllib.parse.quote(self._value, safe=""),
             json.dumps(self._value)[1:-1],
+            repr(raw)[2:-1],
             *(form.decode().rstrip("=") for form in encodings),
         )
 
