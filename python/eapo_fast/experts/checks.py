@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from eapo_fast.errors import ConfigError
@@ -67,7 +67,7 @@ def checked_extra(extra: Any) -> dict[str, Any]:
         json.dumps(dict(extra), allow_nan=False)
     except (TypeError, ValueError):
         raise ConfigError("extra_body must be JSON: text, numbers, lists, objects.") from None
-    remedies = {
+    remedies: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "messages": ("they are made from system and prompt", lambda value: True),
         "stream": ("a reply is read as a whole", bool),
         "n": ("a consult has one answer; ask again with another sample_index", _several),
