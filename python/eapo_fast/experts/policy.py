@@ -39,7 +39,7 @@ class ConsultPolicy:
     timeout: float = 60.0
     """Seconds from submission after which a consult ends, whatever it waits for."""
     max_concurrency: int = 64
-    """Calls to the expert in flight at once."""
+    """Most calls to the expert at once; fewer while it answers 429 (`experts.slots`)."""
     max_wait: float = 0.02
     """Seconds a request may wait for others to fill its batch."""
     dedup: Dedup = "in_flight"
