@@ -26,6 +26,7 @@ from eapo_fast.experts.budget import NANO, Ledger, Reservation
 from eapo_fast.experts.cache import Shelf, request_key
 from eapo_fast.experts.calling import worst_case
 from eapo_fast.experts.flights import Consult, Flight
+from eapo_fast.experts.kept import KeptReplies
 from eapo_fast.experts.metrics import Counters
 from eapo_fast.experts.policy import ConsultPolicy
 from eapo_fast.experts.recording import Recorder
@@ -57,12 +58,13 @@ class Board:
         self._warned: set[str] = set()
         self._landed = 0
         self._shelf = Shelf(None if self._replays else policy, self._cannot_store)
+        self.kept: KeptReplies | None = None
         self.recorder = None if policy.record is None else Recorder(policy.record)
 
     def enter(self, consult: Consult) -> Flight | None:
         """Answer from the cache, join a flight, or open one; returns a flight that is new."""
         consult.key = key = request_key(self._identity, consult.request)
-        landed, stored = self._landed, self._shelf.get(key, consult.request)
+        landed, stored = self._landed, self._stored(key, consult.request)
         if stored is not None:
             self._end(consult, stored)
             return None
@@ -84,6 +86,10 @@ class Board:
             return flight
         self._end(consult, failure)
         return None
+
+    def _stored(self, key: str, request: ConsultRequest) -> ExpertReply | None:
+        kept = self.kept.get(key, request) if self.kept else None
+        return kept or self._shelf.get(key, request)
 
     def _join(self, consult: Consult, flight: Flight) -> None:
         consult.flight = flight
@@ -238,7 +244,7 @@ class Board:
             if consult.claimed:
                 return
             consult.claimed = True
-        self._record(consult.request, reply)
+        self._record(consult, reply)
         try:
             result = self._result(consult, reply, usage, cost)
         except Exception as error:  # whatever is wrong with a reply, nobody waits for ever
@@ -287,11 +293,12 @@ class Board:
             transforms,
         )
 
-    def _record(self, request: ConsultRequest, reply: ExpertReply) -> None:
-        if self.recorder is None or reply.status in ("declined", "cancelled"):
-            return
+    def _record(self, consult: Consult, reply: ExpertReply) -> None:
         try:
-            self.recorder.write(request, reply)
+            if self.kept is not None and reply.status in ACCEPTED:
+                self.kept.put(consult.key, consult.request, reply)
+            if self.recorder is not None and reply.status not in ("declined", "cancelled"):
+                self.recorder.write(consult.request, reply)
         except (OSError, TypeError, ValueError) as error:
             self._warn_once("record", f"a consult could not be recorded: {error}")
 
@@ -309,7 +316,9 @@ class Board:
         logger.log(level, "%s", redact(message))
 
     def close(self) -> None:
-        """Let go of the cache and the record."""
+        """Let go of the files."""
         self._shelf.close()
+        if self.kept:
+            self.kept.close()
         if self.recorder:
             self.recorder.close()

@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +27,7 @@ from eapo_fast.experts.checks import is_number
 from eapo_fast.experts.dispatch import Dispatcher
 from eapo_fast.experts.flights import Consult, Flight
 from eapo_fast.experts.gate import gate_accepts, gate_draw
+from eapo_fast.experts.kept import KeptReplies
 from eapo_fast.experts.policy import ConsultPolicy
 from eapo_fast.experts.secret import redact
 from eapo_fast.experts.tape import RecordingTape, Tape
@@ -244,6 +246,20 @@ class ConsultScheduler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave; DataError if it is something else."""
         self.ledger.load_state_dict(state.get("ledger", {}))
+
+    def keep_replies(self, path: str | PathLike[str], *, after: int | None) -> None:
+        """Keep each accepted reply in a file until `checkpointed`.
+
+        A run that died and goes on after the step `after` then does not buy them again; None: a
+        fresh run. Experts in the process and replays need no such file and get none.
+        """
+        if not self.immediate and not getattr(self.expert, "replays", False):
+            self._board.kept = KeptReplies(path, after)
+
+    def checkpointed(self) -> None:
+        """The run has a checkpoint of now: nothing of before it will be asked again."""
+        if self._board.kept is not None:
+            self._board.kept.forget()
 
     def close(self) -> None:
         """End open consults as `cancelled`, then the tasks, the expert and the thread."""
