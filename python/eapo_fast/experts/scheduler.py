@@ -69,7 +69,7 @@ class ConsultScheduler:
         self._seen = 0
         self._step_end: tuple[int, float] | None = None
         self._parts: Counter[int] = Counter()
-        self._closed = False
+        self._closed = self._unflushed = False
         self._thread: LoopThread | None = None
         self._dispatcher: Dispatcher | None = None
 
@@ -101,6 +101,7 @@ class ConsultScheduler:
         if self.immediate and flight is not None:
             self._queue.append(flight)
         elif not self.immediate and not consult.claimed:
+            self._unflushed = self._unflushed or flight is not None
             self._call_loop(partial(Dispatcher.admit, consult=consult, flight=flight))
         return consult.handle
 
@@ -142,7 +143,8 @@ class ConsultScheduler:
         """Nothing more comes this tick: send short batches now; immediate experts answer now."""
         if self.immediate:
             self._answer_queue()
-        elif self._thread is not None:
+        elif self._unflushed:  # to wake the loop for nothing would cost the caller's thread
+            self._unflushed = False
             self._call_loop(Dispatcher.flush)
 
     def _answer_queue(self) -> None:
