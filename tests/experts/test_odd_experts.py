@@ -116,6 +116,16 @@ def test_a_fault_of_ours_in_a_result_leaves_nobody_waiting(
         assert (result.status, result.detail) == ("malformed", "ZeroDivisionError: ours")
 
 
+def test_an_expert_that_cannot_be_closed_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    class Sticky(Calculator):
+        async def aclose(self) -> None:
+            raise RuntimeError("stuck")
+
+    with ConsultScheduler(Sticky()) as desk:
+        assert desk.submit(ConsultRequest("1+1")).result().text == "2"
+    assert "stuck" in caplog.text
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -276,8 +276,14 @@ class ConsultScheduler:
             if not self._thread.stop(self._farewell()):
                 logger.warning("the expert's code blocks the event loop; its thread is left behind")
         elif self.immediate:
-            run_now(self._farewell())
+            self._say_farewell_now()
         self._board.close()
+
+    def _say_farewell_now(self) -> None:
+        try:
+            run_now(self._farewell())
+        except Exception as error:
+            logger.warning("the expert could not be closed: %s", redact(f"{error!r}"))
 
     async def _farewell(self) -> None:
         goodbye = getattr(self.expert, "aclose", None)

@@ -35,7 +35,10 @@ class LoopThread:
 
     def stop(self, farewell: Coroutine[Any, Any, None], patience: float = 5.0) -> bool:
         """Run `farewell`, cancel what is left, end the thread; False if it did not end in time."""
-        self.call(self._begin_stop, farewell)
+        if self._thread.is_alive():
+            self.call(self._begin_stop, farewell)
+        else:
+            farewell.close()
         self._thread.join(patience)
         if self._thread.is_alive():
             return False
