@@ -158,7 +158,8 @@ class Dispatcher:
 
     async def _ask(self, flights: Sequence[Flight]) -> list[ExpertReply]:
         requests = [flight.request for flight in flights]
-        if self.board.policy.hedge_after is None or len(flights) > 1:
+        probing = self.breaker.state != "closed"  # a probe is one call
+        if self.board.policy.hedge_after is None or len(flights) > 1 or probing:
             return await call_expert(self.board.expert, requests)
         return [await self._hedges.ask(flights[0])]
 

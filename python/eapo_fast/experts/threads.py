@@ -14,6 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 _STOP = None
+EXECUTOR_PATIENCE = 1.0
+"""Seconds for which the threads that look up names are waited for at the end."""
 
 
 class LoopThread:
@@ -57,6 +59,8 @@ class LoopThread:
         with contextlib.suppress(Exception):
             await farewell
         await self.loop.shutdown_asyncgens()
+        with contextlib.suppress(TimeoutError):  # a look-up of a name may hang
+            await asyncio.wait_for(self.loop.shutdown_default_executor(), EXECUTOR_PATIENCE)
         self.loop.stop()
 
 
