@@ -118,6 +118,8 @@ class Builder:
             if first.is_Number and not abs(first) <= MAX_FACTORIAL:
                 raise NotBuilt(f"a {name} that is too large")
             return sp.factorial(first) if name == "factorial" else sp.factorial2(first)
+        if name == "binom" and any(v.is_Number and abs(v) > MAX_FACTORIAL for v in values):
+            raise NotBuilt("a binomial coefficient that is too large")
         if name == "lg":
             return sp.log(first, 10)
         if name == "root":
