@@ -33,6 +33,7 @@ from eapo_fast.rewards.tree import (
 
 FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
 """Relations that are compared, and what they become when their sides change places."""
+_OF_SETS = (Relation, Union, Combined)
 _FUNCTION_NAMES = frozenset("fghpqrFGHPQRWP")
 
 
@@ -45,6 +46,8 @@ def plain(node: Node) -> Node:
         return _conditions(items, node.joined) or Listing(tuple(items), node.joined)
     if isinstance(node, Relation):
         return interval(node) or node
+    if isinstance(node, (Union, Combined)):
+        return rebuilt(node, lambda part: plain(part) if isinstance(part, _OF_SETS) else part)
     if isinstance(node, Product):
         node = _without_label(node)
     spread = _spread(node)
