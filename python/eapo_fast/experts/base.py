@@ -179,6 +179,8 @@ class Trace:
     """Which member of a `Pool` answered."""
     transforms: tuple[str, ...] = ()
     """What was done to the reply's text: cleaned, cut, redacted, escaped."""
+    unfit: bool = False
+    """It failed by the expert (key, address, model), not by the question."""
 
 
 @dataclass(frozen=True, slots=True)

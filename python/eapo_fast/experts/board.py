@@ -291,6 +291,7 @@ class Board:
             flight.held.nano / NANO,
             reply.expert,
             transforms,
+            reply.unfit,
         )
 
     def _record(self, consult: Consult, reply: ExpertReply) -> None:
