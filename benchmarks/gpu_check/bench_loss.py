@@ -197,13 +197,14 @@ def _given_logits(
         wanted=(True, True, False),
     )
     program = program_of(batch, work.recipe)
-    head_of.read(0, rows, keep=True, program=program)
+    span = head_of.span(0, rows)
+    head_of.read_span(span, program=program)
     want = loss_work.exact_logprobs(work.hidden.float(), work.weight.float(), work.targets)
     error = float((head_of.logprob - want).abs().max())
     recorder.check(f"log-probabilities over given logits, {head} head", error < 1e-3, error=error)
 
     def launch() -> None:
-        head_of._run(0, rows, program=program, STATISTICS=True, POWERS=False, GRADIENT=True)
+        head_of._run(span, program=program, STATISTICS=True, POWERS=False, GRADIENT=True)
 
     repeats = 1 if request.small else 10
     spent = milliseconds(launch, request.device, repeats=repeats, warmup=1)

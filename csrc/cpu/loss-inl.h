@@ -21,6 +21,40 @@ EAPO_INLINE void put(BFloat16* p, F v) {
   std::memcpy(p, &h, sizeof h);
 }
 
+// 2 kLanes neighbours, in an order that `put` knows.
+struct Pair {
+  F first, second;
+};
+
+template <typename T>
+EAPO_INLINE Pair load_pair(const T* p) {
+#if EAPO_BF16
+  if constexpr (std::is_same_v<T, BFloat16>) {  // the even ones and the odd ones: fewer instructions
+    U both;
+    std::memcpy(&both, p, sizeof both);
+    return {(F)(both << 16), (F)(both & 0xffff0000u)};
+  }
+#endif
+  return {load(p), load(p + kLanes)};
+}
+
+template <typename T>
+EAPO_INLINE void put(T* p, Pair v) {
+#if EAPO_BF16
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    using Halves = uint16_t __attribute__((vector_size(4 * kLanes)));
+    constexpr Halves kOrder = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.second, (__m512)v.first);
+    const __m512i ordered = _mm512_permutexvar_epi16((__m512i)kOrder, halves);
+    std::memcpy(p, &ordered, sizeof ordered);
+    return;
+  }
+#endif
+  put(p, v.first);
+  put(p + kLanes, v.second);
+}
+
 // max(a, b) of vec-inl.h as one instruction.
 EAPO_INLINE F larger(F a, F b) {
 #if EAPO_LANES == 16
@@ -68,6 +102,9 @@ EAPO_INLINE F log_positive(F x) {
   const F square = m * m;
   return (p * m * square + e * -2.12194440e-4f - 0.5f * square) + m + e * 0.693359375f;
 }
+
+// Rows that one call of a parallel body takes on.
+inline int64_t loss_grain(int64_t width) { return std::max<int64_t>(1, (1 << 15) / width); }
 
 // y of a block, padded with -inf to whole vectors.
 struct Block {
@@ -219,60 +256,4 @@ EAPO_INLINE BlockSums empty_block(const Block& block, T* out) {
     if (block.y[i] != block.y[i]) sums.mass = std::numeric_limits<double>::quiet_NaN();
   if (out != nullptr) std::memset(out, 0, static_cast<size_t>(block.count) * sizeof(T));
   return sums;
-}
-
-inline void merge(LossRow& row, const BlockSums& block) {
-  if (std::isnan(block.mass)) row.mass = block.mass;
-  if (block.reference == -kInf) return;
-  if (block.reference > row.max) {
-    const double gap = row.max - block.reference;
-    const double factor = std::exp(gap);
-    row.moment = row.mass > 0 ? factor * (row.moment + gap * row.mass) : 0.0;
-    row.mass *= factor;
-    row.mass2 *= factor * factor;
-    row.mass3 *= factor * factor * factor;
-    row.max = block.reference;
-  }
-  const double gap = block.reference - row.max;
-  const double factor = gap == 0 ? 1.0 : std::exp(gap);
-  row.moment += factor * (block.moment + gap * block.mass);
-  row.mass += factor * block.mass;
-  row.mass2 += factor * factor * block.mass2;
-  row.mass3 += factor * factor * factor * block.mass3;
-}
-
-template <typename T>
-EAPO_INLINE void absorb_block(const AbsorbArgs& args, int64_t row, int64_t begin, Block& block) {
-  block.count = std::min(kLossBlock, args.width - begin);
-  block.padded = (block.count + kLanes - 1) / kLanes * kLanes;
-  T* out = args.out ? static_cast<T*>(args.out) + row * args.width + begin : nullptr;
-  const float reference = read_block<T>(args, row, begin, block);
-  const BlockSums sums = reference == -kInf ? empty_block(block, out)
-                                            : sum_block(block, reference, args.powers, out);
-  if (args.references != nullptr)
-    args.references[row * loss_blocks(args.width) + begin / kLossBlock] = reference;
-  if (args.state == nullptr) return;
-  merge(args.state[row], sums);
-  const int64_t place = args.targets[row] - args.column - begin;
-  if (place >= 0 && place < block.count) args.state[row].target = block.y[place];
-}
-
-template <typename T>
-void absorb_rows(const AbsorbArgs& args, int64_t first, int64_t last) {
-  Block block;
-  for (int64_t row = first; row < last; ++row)
-    for (int64_t begin = 0; begin < args.width; begin += kLossBlock)
-      absorb_block<T>(args, row, begin, block);
-}
-
-// Rows that one call of a parallel body takes on.
-inline int64_t loss_grain(int64_t width) { return std::max<int64_t>(1, (1 << 15) / width); }
-
-inline void absorb_logits(const AbsorbArgs& args) {
-  parallel_for(args.rows, loss_grain(args.width), [&](int64_t first, int64_t last) {
-    if (args.storage == Storage::kFloat32)
-      absorb_rows<float>(args, first, last);
-    else
-      absorb_rows<BFloat16>(args, first, last);
-  });
 }

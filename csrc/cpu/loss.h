@@ -73,12 +73,19 @@ struct LogitGradientArgs {
 void absorb_logits(const AbsorbArgs& args);
 void logit_gradient(const LogitGradientArgs& args);
 
+// The same for some rows (of the gradient), on the calling thread.
+void absorb_rows(const AbsorbArgs& args, int64_t first, int64_t last);
+void gradient_rows(const LogitGradientArgs& args, int64_t first, int64_t last);
+
 // Sets every entry of row i of a bfloat16 [rows, width] to values[i], rounded.
 void fill_rows(uint16_t* out, const float* values, int64_t rows, int64_t width);
 
 // A float32 sum kept as two planes: `high` holds the upper 16 bits of each number, `low` the lower.
 // Adds bfloat16 numbers to it; the result is the float32 sum, bit for bit.
 void add_to_planes(uint16_t* high, uint16_t* low, const uint16_t* addend, int64_t count);
+
+// to [rows, width] = from [width, rows] transposed, or the sum of both; contiguous.
+void take_transposed(float* to, const float* from, int64_t rows, int64_t width, bool add);
 
 // Rounds the sum to bfloat16, in `high`.
 void round_planes(uint16_t* high, const uint16_t* low, int64_t count);

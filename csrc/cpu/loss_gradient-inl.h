@@ -1,4 +1,4 @@
-// Logit gradients from the exponentials that loss-inl.h leaves, and sums of weight gradients.
+// Logit gradients from the exponentials that are left of logits, and sums of weight gradients.
 
 // The numbers of one row of the gradient, and of one block of it.
 struct Slope {
@@ -27,6 +27,10 @@ EAPO_INLINE Slope slope_of(const LogitGradientArgs& args, int64_t k) {
 template <typename T, typename Map>
 EAPO_INLINE void rewrite(const T* from, T* to, int64_t count, const Map& map) {
   int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    const Pair e = load_pair(from + i);
+    put(to + i, Pair{map(e.first), map(e.second)});
+  }
   for (; i + kLanes <= count; i += kLanes) put(to + i, map(load(from + i)));
   if (i < count) store_first(to + i, count - i, map(load_first(from + i, count - i, T{})));
 }
@@ -78,13 +82,16 @@ void gradient_rows(const LogitGradientArgs& args, int64_t first, int64_t last) {
   }
 }
 
+inline void gradient_any(const LogitGradientArgs& args, int64_t first, int64_t last) {
+  if (args.storage == Storage::kFloat32)
+    gradient_rows<float>(args, first, last);
+  else
+    gradient_rows<BFloat16>(args, first, last);
+}
+
 inline void logit_gradient(const LogitGradientArgs& args) {
-  parallel_for(args.count, loss_grain(args.width), [&](int64_t first, int64_t last) {
-    if (args.storage == Storage::kFloat32)
-      gradient_rows<float>(args, first, last);
-    else
-      gradient_rows<BFloat16>(args, first, last);
-  });
+  parallel_for(args.count, loss_grain(args.width),
+               [&](int64_t first, int64_t last) { gradient_any(args, first, last); });
 }
 
 inline void fill_rows(uint16_t* out, const float* values, int64_t rows, int64_t width) {
@@ -117,6 +124,35 @@ inline void round_planes(uint16_t* high, const uint16_t* low, int64_t count) {
       const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
       const uint32_t rounded = (bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16;
       high[i] = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
+    }
+  });
+}
+
+// One block of kLanes x kLanes: to[r][c] = from[c][r], or the sum of both.
+EAPO_INLINE void transposed_block(float* to, int64_t to_stride, const float* from,
+                                  int64_t from_stride, bool add) {
+  F rows[kLanes];
+  unrolled<kLanes>([&](auto i) { rows[i] = load(from + i * from_stride); });
+  transpose(rows);
+  unrolled<kLanes>([&](auto i) {
+    float* p = to + i * to_stride;
+    store(p, add ? load(p) + rows[i] : rows[i]);
+  });
+}
+
+inline void take_transposed(float* to, const float* from, int64_t rows, int64_t width, bool add) {
+  const auto edge = [&](int64_t r, int64_t last_row, int64_t c, int64_t last_column) {
+    for (; r < last_row; ++r)
+      for (int64_t at = c; at < last_column; ++at)
+        to[r * width + at] = from[at * rows + r] + (add ? to[r * width + at] : 0.0f);
+  };
+  const int64_t whole = width / kLanes * kLanes, blocks = (rows + kLanes - 1) / kLanes;
+  parallel_for(blocks, 4, [&](int64_t first, int64_t last) {
+    for (int64_t r = first * kLanes; r < std::min(last * kLanes, rows); r += kLanes) {
+      if (r + kLanes > rows) return edge(r, rows, 0, width);
+      for (int64_t c = 0; c < whole; c += kLanes)
+        transposed_block(to + r * width + c, width, from + c * rows + r, rows, add);
+      edge(r, r + kLanes, whole, width);
     }
   });
 }

@@ -137,14 +137,28 @@ void add(PolicySums& total, const PolicySums& part) {
   total.largest_gap = std::max(total.largest_gap, part.largest_gap);
 }
 
+double tokens_of_batch(const PolicyArgs& args, const std::vector<int64_t>& live) {
+  double count = args.num_tokens;
+  if (count < 0)
+    for (count = 0; const int64_t here : live) count += static_cast<double>(here);
+  return std::max(count, 1.0);
+}
+
 }  // namespace
+
+std::vector<float> policy_weights(const PolicyArgs& args) {
+  const std::vector<int64_t> live = live_tokens(args);
+  return shares(args, live, tokens_of_batch(args, live));
+}
+
+void policy_tokens(const PolicyArgs& args, const float* weights, int64_t begin, int64_t end,
+                   PolicySums& sums) {
+  block_of_isa()(args, weights, begin, end, sums);
+}
 
 PolicySums policy_loss(const PolicyArgs& args) {
   const std::vector<int64_t> live = live_tokens(args);
-  double num_tokens = args.num_tokens;
-  if (num_tokens < 0)
-    for (num_tokens = 0; const int64_t count : live) num_tokens += static_cast<double>(count);
-  num_tokens = std::max(num_tokens, 1.0);
+  const double num_tokens = tokens_of_batch(args, live);
   const std::vector<float> weights = shares(args, live, num_tokens);
   const int64_t blocks = (args.tokens + kBlockTokens - 1) / kBlockTokens;
   std::vector<PolicySums> parts(static_cast<size_t>(blocks));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace eapo::cpu {
 
@@ -44,5 +45,12 @@ struct PolicySums {
 
 // The result does not depend on the number of threads.
 PolicySums policy_loss(const PolicyArgs& args);
+
+// What a token of each sequence [S] weighs in the loss.
+std::vector<float> policy_weights(const PolicyArgs& args);
+
+// Evaluates tokens [begin, end) on the calling thread and adds them to `sums`.
+void policy_tokens(const PolicyArgs& args, const float* weights, int64_t begin, int64_t end,
+                   PolicySums& sums);
 
 }  // namespace eapo::cpu

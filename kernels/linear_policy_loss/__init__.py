@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eapo_fast.errors import suggest
-from eapo_fast.kernels.backend import Refusal, choose_backend
+from eapo_fast.kernels.backend import choose_backend
 from eapo_fast.kernels.checks import FLOATS, check_tensor
 from eapo_fast.kernels.linear_policy_loss import operator
 from eapo_fast.kernels.linear_policy_loss.plans import PLANS
@@ -56,7 +56,8 @@ def linear_policy_loss(
             looks at, else "scale" where it can be had, else "prepass". All give the same.
 
     Raises `ValueError` for arguments that do not fit and for a backend that cannot run here;
-    `NonFiniteError`, on a CPU, for a token whose logits are not finite.
+    `NonFiniteError`, on a CPU, for a token whose logits are not finite. On a GPU the loss is NaN
+    then, and `LossOutput.check` raises.
     """
     check_tensor("hidden", hidden, ["N", "H"], FLOATS)
     if not isinstance(recipe, Recipe):
@@ -65,14 +66,13 @@ def linear_policy_loss(
     if plan not in PLANS:
         allowed = ", ".join(PLANS)
         raise ValueError(f"plan: got {plan!r}, allowed is one of {allowed}.{suggest(plan, PLANS)}")
-    on_request: dict[str, Refusal] = {"triton": lambda x: _triton_refusal(x, recipe)}
-    chosen = choose_backend("linear_policy_loss", backend, REFUSALS, hidden, on_request=on_request)
+    chosen = choose_backend("linear_policy_loss", backend, REFUSALS, hidden, on_request=ON_REQUEST)
     stats = dict(batch.stats or {})
     text = operator.described(recipe)
     dims = " ".join(f"{name}:{values.ndim}" for name, values in stats.items())
     names = operator.metric_names(text, batch.ref_logprob is not None, dims)
     rows, ids = (None, None) if banned is None else banned
-    loss, metrics, a, b, c, token_loss, *_ = operator.policy_loss(
+    loss, metrics, a, b, c, token_loss, bad_token, *_ = operator.policy_loss(
         hidden,
         weight,
         targets,
@@ -108,17 +108,8 @@ def linear_policy_loss(
         b=b,
         c=c if recipe.entropy_target else None,
         token_loss=token_loss,
+        bad_token=bad_token,
     )
-
-
-def _trained(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
-
-def _triton_refusal(hidden: Tensor, recipe: Recipe) -> str | None:
-    if recipe.entropy_target is not None:
-        return f"recipe {recipe.name!r} reads the truncated entropy, which it does not compute"
-    return ON_REQUEST["triton"](hidden)
 
 
 def _count(given: int | Tensor | None) -> Tensor | None:

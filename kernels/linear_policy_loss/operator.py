@@ -6,6 +6,7 @@ It computes the gradients together with the loss; the way back only scales them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eapo_fast.kernels import checks
 from eapo_fast.kernels.checks import compute_dtype
 from eapo_fast.kernels.linear_policy_loss.plans import run
 from eapo_fast.kernels.linear_token_stats.cpu import CpuHead
+from eapo_fast.kernels.linear_token_stats.finite import check_finite, first_bad
 from eapo_fast.kernels.linear_token_stats.operator import (
     HEADS,
     check_values,
@@ -23,7 +26,6 @@ from eapo_fast.kernels.linear_token_stats.operator import (
     filled,
     pair,
 )
-from eapo_fast.kernels.linear_token_stats.reference import TorchHead
 from eapo_fast.kernels.policy_loss import reference as losses
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch, check_batch
 from eapo_fast.kernels.policy_loss.rows import Rows, trained_rows
@@ -59,8 +61,10 @@ def policy_loss(
     to_hidden: bool,
     to_weight: bool,
     to_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, metrics [M], a, b, c, token_loss [N], gradients of hidden, weight and bias.
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """Return loss, metrics [M], a, b, c, token_loss [N], bad token, gradients of the three inputs.
 
     c is empty where the recipe has none, and so is a gradient that is not wanted.
     """
@@ -89,13 +93,17 @@ def policy_loss(
     found, of_hidden, of_weight, of_bias = evaluate(
         hidden, weight, targets, batch, method, banned, plan, backend, head_settings
     )
+    bad_token = found.bad_token
+    if bad_token is None:
+        bad_token = targets.new_full((), -1, dtype=torch.int64)
     return (
-        found.loss,
+        torch.where(bad_token >= 0, torch.nan, found.loss),
         torch.stack([found.metrics[name] for name in metric_names.split()]),
         found.a,
-        found.b,
+        found.b.contiguous(),
         hidden.new_empty(0) if found.c is None else found.c,
         found.token_loss,
+        bad_token,
         *filled((of_hidden, of_weight, of_bias), hidden),
     )
 
@@ -127,8 +135,12 @@ def _gathered(
         banned=None if banned is None else _banned_of(rows, banned),
         **settings,
     )
-    _prepare(head, rows, recipe)
+    if isinstance(head, CpuHead):
+        head.guess = rows.old_logprob
+    head.truncation = _cut_of(recipe)
     found = run(head, rows, recipe, plan, settings["wanted"])
+    if not checks.may_look(head.entropy):
+        found = replace(found, bad_token=first_bad(head.entropy, rows.index))
     of_hidden, of_weight, of_bias = head.gradients()
     head.close()
     if of_hidden is not None and rows.index is not None:
@@ -164,7 +176,13 @@ def _on_device(
         live=None if live is None else listed(live),
         **settings,
     )
+    head.truncation = _cut_of(recipe)
     found = triton_plan.run(head, batch, recipe, plan, settings["wanted"])
+    if checks.may_look(head.entropy):
+        own = head.rows[: int(head.count)]
+        check_finite(head.entropy[own], own)
+    else:
+        found = replace(found, bad_token=first_bad(head.entropy))
     gradients = head.gradients()
     head.close()
     return found, *gradients
@@ -185,6 +203,7 @@ def _(
         torch.empty_like(row),
         c,
         torch.empty_like(row),
+        hidden.new_empty((), dtype=torch.int64),
         *empty_gradients(hidden, weight, bias, wanted),
     )
 
@@ -192,7 +211,7 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[6:])
+    ctx.save_for_backward(*output[7:])
     ctx.stats, ctx.wanted = len(inputs[9]), inputs[-3:]
 
 
@@ -267,12 +286,10 @@ def _names(recipe: str, reference: bool, stats: str) -> str:
     return " ".join(found.metrics)
 
 
-def _prepare(head: CpuHead | TorchHead, rows: Rows, recipe: Recipe) -> None:
-    """Tell the head what it can know beforehand."""
-    if isinstance(head, CpuHead):
-        head.guess = rows.old_logprob
-    if recipe.entropy_target is not None:
-        head.truncation = Cut(recipe.entropy_target.top_p, recipe.entropy_target.top_k)
+def _cut_of(recipe: Recipe) -> Cut | None:
+    """Return what the truncated entropy of a recipe keeps; None: it has none."""
+    target = recipe.entropy_target
+    return None if target is None else Cut(target.top_p, target.top_k)
 
 
 def _banned_of(rows: Rows, banned: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 Masked-in rows are a list on the device. A token-local recipe takes it slab by slab: logits, one
 launch from statistics to logit gradients, products over the rows that have one. Recipes that look
-at sequences do the same if one slab holds the batch, and read all rows first if not. Batch-global
-recipes too, but their statistics are plain torch, which does wait.
+at sequences take slabs of whole sequences, cut on the device; those that look at the batch do so
+too where its statistics are given. Else one slab holds the batch, or all rows are read first.
+Statistics of a batch are plain torch, over all rows with the masked-in ones in front.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from eapo_fast.kernels.linear_policy_loss.plans import Wanted, check_scale, scalable
-from eapo_fast.kernels.linear_token_stats.finite import check_finite
+from eapo_fast.kernels.linear_policy_loss.triton_slabs import sequence_slabs
 from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
 from eapo_fast.kernels.policy_loss import reference, triton_kernel
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch
 from eapo_fast.kernels.policy_loss.rows import norm_length, trained_rows
+from eapo_fast.kernels.policy_loss.statistics import missing_statistics
 from eapo_fast.recipes import Recipe
 
 
@@ -26,35 +28,36 @@ def run(
     head: TritonHead, batch: PolicyBatch, recipe: Recipe, plan: str, wanted: Wanted
 ) -> LossOutput:
     """Return the detached loss of `recipe`, and leave its gradients in `head`."""
-    count = len(head.targets)
-    chosen = choose_plan(plan, recipe, wanted, count, head.slab_rows(keep=True))
-    step = count if chosen == "whole" else head.slab_rows(keep=True)
-    slabs = [(i, min(i + step, count)) for i in range(0, count, step)] if count else []
+    count, most = len(head.targets), head.slab_rows(keep=True)
+    chosen = choose_plan(plan, batch, recipe, wanted, most)
+    if count == 0:
+        return loss_of(head, batch, recipe)
+    if chosen == "sequences":
+        return _by_sequences(head, batch, recipe, most)
+    step = count if chosen == "whole" else most
+    slabs = [head.span(i, min(i + step, count)) for i in range(0, count, step)]
     program = program_of(batch, recipe) if chosen == "rows" else None
-    for start, stop in slabs:
-        head.read(start, stop, keep=chosen != "prepass", program=program)
+    for slab in slabs:
+        head.read_span(slab, program=program)
         if chosen == "rows":
-            head.accumulate(start, stop)
+            head.accumulate(slab)
         elif chosen == "scale":
             head.a.fill_(1.0)
-            head.differentiate(start, stop)
-    _check(head)
+            head.differentiate(slab)
     found = loss_of(head, batch, recipe)
     if chosen in ("prepass", "whole"):
-        head.a.copy_(found.a)
-        head.b.copy_(found.b)
-    for start, stop in slabs if chosen == "prepass" else ():
-        head.logits(start, stop)
-        head.differentiate(start, stop)
-    if chosen == "whole" and count:
-        head.differentiate(0, count)
+        head.take(found.a, found.b, found.c)
+    for slab in slabs if chosen == "prepass" else ():
+        head.replay_span(slab)
+    if chosen == "whole":
+        head.differentiate(slabs[0])
     if chosen == "scale":
         head.scale_hidden(found.a)
     return found
 
 
-def choose_plan(plan: str, recipe: Recipe, wanted: Wanted, count: int, most: int) -> str:
-    """Return "read" (no gradients), "rows", "whole", "prepass" or "scale".
+def choose_plan(plan: str, batch: PolicyBatch, recipe: Recipe, wanted: Wanted, most: int) -> str:
+    """Return "read" (no gradients), "rows", "sequences", "whole", "prepass" or "scale".
 
     Raises `ValueError` for a plan that cannot give these gradients.
     """
@@ -66,17 +69,41 @@ def choose_plan(plan: str, recipe: Recipe, wanted: Wanted, count: int, most: int
         return plan
     if recipe.locality == "token-local" and recipe.entropy_band is None:
         return "rows"
-    if plan == "slab" or count <= most:
+    if len(batch.old_logprob) <= most:
+        return "whole"
+    if not missing_statistics(recipe, batch.stats or {}):
+        return "sequences"
+    if plan == "slab":
         return "whole"
     return "scale" if scalable(recipe, wanted) else "prepass"
+
+
+def _by_sequences(head: TritonHead, batch: PolicyBatch, recipe: Recipe, most: int) -> LossOutput:
+    """Take slabs of whole sequences; those that are too long for one are read twice."""
+    slabs = sequence_slabs(batch.cu_seqlens, batch.mask, most, len(head.targets))
+    for slab in slabs.whole:
+        head.read_span(slab)
+        part = loss_of(head, batch, recipe)
+        head.take(part.a, part.b, part.c)
+        head.differentiate(slab)
+    for piece in slabs.parts:
+        head.read_span(piece)
+    found = loss_of(head, batch, recipe)
+    head.take(found.a, found.b, found.c)
+    for piece in slabs.parts:
+        head.replay_span(piece)
+    return found
 
 
 def loss_of(head: TritonHead, batch: PolicyBatch, recipe: Recipe) -> LossOutput:
     """Return the loss of rows that have been read."""
     if recipe.locality != "batch-global" and recipe.entropy_band is None:
         return triton_kernel.policy_loss(head.logprob, head.entropy, batch, recipe)
-    rows = trained_rows(batch, recipe, torch.float32)
-    return reference.policy_loss(rows, recipe, rows.gather(head.logprob), rows.gather(head.entropy))
+    rows = trained_rows(batch, recipe, torch.float32, (head.rows, head.count))
+    own = [head.logprob, head.entropy]
+    if recipe.entropy_target is not None:
+        own.append(head.extra("truncated_entropy"))
+    return reference.policy_loss(rows, recipe, *(rows.gather(x) for x in own))
 
 
 def program_of(batch: PolicyBatch, recipe: Recipe) -> dict[str, Any]:
@@ -123,9 +150,3 @@ def _weights(batch: PolicyBatch, recipe: Recipe, cu_seqlens: Tensor) -> Tensor:
         return ones / (sequences * lengths.clamp(min=1))
     norm = norm_length(recipe) if recipe.aggregation.endswith("-norm") else 1.0
     return ones / (sequences * norm)
-
-
-def _check(head: TritonHead) -> None:
-    if head.targets.device.type == "cpu":
-        live = head.rows[: int(head.count)]
-        check_finite(head.entropy[live], live)

@@ -10,7 +10,11 @@ from torch import Tensor
 from eapo_fast.errors import suggest
 from eapo_fast.kernels.backend import Refusal, choose_backend
 from eapo_fast.kernels.checks import FLOATS, INTEGERS, check_tensor
-from eapo_fast.kernels.linear_token_stats.finite import NonFiniteError
+from eapo_fast.kernels.linear_token_stats.finite import (
+    NonFiniteError,
+    first_bad,
+    no_distribution,
+)
 from eapo_fast.kernels.linear_token_stats.operator import token_stats
 from eapo_fast.kernels.native import GPU_STORAGE, cpu_refusal, triton_refusal
 from eapo_fast.kernels.truncated_entropy import check_cut
@@ -45,6 +49,15 @@ class TokenStats:
     """[N] Shannon entropy of the distribution, in nats."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """[N] each, detached, by the names asked for."""
+
+    def check(self) -> None:
+        """Raise `NonFiniteError` that names the first token without a distribution.
+
+        On a GPU nothing else does; this waits for it.
+        """
+        token = int(first_bad(self.entropy.detach()))
+        if token >= 0:
+            raise no_distribution(token)
 
 
 def linear_token_stats(
@@ -89,7 +102,8 @@ def linear_token_stats(
     log-probabilities err by at most 2**-8 (H - ln p(target)); "reference" widens everything.
 
     Raises `ValueError` for arguments that do not fit and for a backend that cannot run here;
-    `NonFiniteError`, on a CPU, for a token whose logits are not finite.
+    `NonFiniteError`, on a CPU, for a token whose logits are not finite; on a GPU its row is NaN,
+    and `TokenStats.check` raises.
     """
     check_head(hidden, weight, targets, bias, temperature, softcap, vocab_size, banned, chunk_size)
     for extra in extras:
@@ -105,8 +119,7 @@ def linear_token_stats(
             f"min_p keep; got {tuple(extras)} with {cut}"
         )
     check_cut(cut)
-    refusals = ON_REQUEST if cut == Cut(min_p=min_p) else {"triton": _no_sorting}
-    chosen = choose_backend("linear_token_stats", backend, REFUSALS, hidden, on_request=refusals)
+    chosen = choose_backend("linear_token_stats", backend, REFUSALS, hidden, on_request=ON_REQUEST)
     rows, ids = (None, None) if banned is None else banned
     logprob, entropy, further, _ = token_stats(
         hidden,
@@ -125,10 +138,6 @@ def linear_token_stats(
     )
     named = dict(zip(extras, further.unbind(0), strict=True))
     return TokenStats(logprob=logprob, entropy=entropy, extras=named)
-
-
-def _no_sorting(hidden: Tensor) -> str:
-    return "of the cuts it takes min_p alone"
 
 
 def check_head(

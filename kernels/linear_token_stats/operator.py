@@ -28,7 +28,7 @@ HEADS: dict[str, type[CpuHead] | type[reference.TorchHead]] = {
 _STATES = {
     "cpu": (_core.LOSS_STATE, torch.float64),
     "reference": (reference.STATE, None),
-    "triton": (7, torch.float32),
+    "triton": (9, torch.float32),
 }
 
 

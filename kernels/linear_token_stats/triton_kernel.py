@@ -8,7 +8,7 @@ alone. Once compiled for a head, no length compiles anything again.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,10 @@ SLAB_BYTES = 5 << 29
 gradient are read and written."""
 MOST_BLOCK = 4096
 """Columns of a row at once."""
+ROOM = 1024
+"""Tokens near the border of a cut that are put aside."""
+SPAN = 512
+"""Columns at once while the border is sought: their sums above eight numbers fill registers."""
 
 NO_PROGRAM: dict[str, Any] = {
     "PROGRAM": False,
@@ -36,12 +40,21 @@ NO_PROGRAM: dict[str, Any] = {
 }
 
 
+class Span(NamedTuple):
+    """Rows of a slab, as a part of the list of rows."""
+
+    edges: Tensor
+    """[2] int64 on the device: where it starts and stops."""
+    size: int
+    """How many rows it has at most."""
+
+
 class TritonHead:
     """Statistics of n rows and their gradients, in float32; `Head` says what the logits are.
 
-    `live`: (rows [n], count [1]) as `triton_products.listed` gives them; positions start ... stop
-    of the methods count along that list, and what is behind its end is left alone. Statistics and
-    coefficients are by row.
+    `live`: (rows [n], count [1]) as `triton_products.listed` gives them; spans, and positions
+    start ... stop of the methods, count along that list, and what is behind its end is left alone.
+    Statistics and coefficients are by row.
     """
 
     def __init__(
@@ -74,77 +87,85 @@ class TritonHead:
         self.bans = None if banned is None else _sorted(banned, count)
         self.state = hidden.new_zeros(count, STATE, dtype=torch.float32) if state is None else state
         # Memory of its own for each: an address off 16 bytes would compile another variant.
-        vectors = [torch.zeros(count, device=device) for _ in range(5)]
-        self.logprob, self.entropy, self.a, self.b, self.losses = vectors
+        vectors = [torch.zeros(count, device=device) for _ in range(6)]
+        self.logprob, self.entropy, self.a, self.b, self.c, self.losses = vectors
         self.of_hidden = _zeros(wanted[0], hidden)
         self.of_weight = _zeros(wanted[1], weight)
         self.of_bias = None if bias is None else _zeros(wanted[2], bias)
         self._slab: Tensor | None = None
+        self._aside: tuple[Tensor, Tensor] | None = None
         self.truncation: Cut | None = None
-        """If set: a min_p cut, whose mass and entropy `extra` then has."""
+        """If set: a cut, whose mass and entropy `extra` then has; c is of that entropy."""
 
     def slab_rows(self, *, keep: bool) -> int:
         """Return how many rows of logits are made at once."""
         most = max(1, SLAB_BYTES // (4 * self.vocab))
         return min(self.chunk_size or most, max(1, len(self.targets)))
 
-    def read(
-        self,
-        start: int,
-        stop: int,
-        *,
-        keep: bool,
-        powers: bool = False,
-        program: dict[str, Any] | None = None,
-    ) -> None:
-        """Compute the statistics of rows start ... stop; `push` needs `keep`.
+    def span(self, start: int, stop: int) -> Span:
+        """Return rows start ... stop, those of them that are in the list."""
+        ends = torch.arange(start, stop + 1, max(1, stop - start), device=self.count.device)
+        return Span(torch.minimum(ends, self.count), stop - start)
 
-        `program`: arguments of `run_rows`; makes coefficients and logit gradients in the same
-        launch.
-        """
-        self.logits(start, stop)
-        self._run(start, stop, program=program, STATISTICS=True, POWERS=powers,
-                  GRADIENT=program is not None)  # fmt: skip
+    def read(self, start: int, stop: int, *, keep: bool, powers: bool = False) -> None:
+        """Compute the statistics of rows start ... stop; `push` needs `keep`."""
+        self.read_span(self.span(start, stop), powers=powers)
 
     def push(self, start: int, stop: int, slopes: Coefficients) -> None:
         """Add the gradients of rows start ... stop, the last ones read, given their slopes."""
         self._set(start, stop, slopes)
-        self.differentiate(start, stop)
+        self.differentiate(self.span(start, stop))
 
     def replay(self, start: int, stop: int, slopes: Coefficients) -> None:
         """Add the gradients of rows start ... stop, read before, computing their logits again."""
         self._set(start, stop, slopes)
         size = self.slab_rows(keep=False)
         for first in range(start, stop, size):
-            self.logits(first, min(first + size, stop))
-            self.differentiate(first, min(first + size, stop))
+            self.replay_span(self.span(first, min(first + size, stop)))
 
-    def differentiate(self, start: int, stop: int) -> None:
-        """Turn the logits of rows start ... stop into gradients by `a` and `b`, and add them."""
-        self._run(start, stop, program=None, STATISTICS=False, POWERS=False, GRADIENT=True)
-        self.accumulate(start, stop)
+    def read_span(
+        self, span: Span, *, powers: bool = False, program: dict[str, Any] | None = None
+    ) -> None:
+        """Compute the statistics of the rows of a slab, and keep their logits.
 
-    def accumulate(self, start: int, stop: int) -> None:
-        """Add what the logit gradients of rows start ... stop contribute to each gradient."""
-        own = self.rows[start:stop]
-        inside = torch.arange(start, stop, device=own.device) < self.count
-        moves = inside & ((self.a[own] != 0) | (self.b[own] != 0))
-        active, count = products.listed(moves)
+        `program`: arguments of `run_rows`; makes coefficients and logit gradients in the same
+        launch, for `accumulate`.
+        """
+        self._logits(span)
+        self._run(span, program=program, STATISTICS=True, POWERS=powers,
+                  GRADIENT=program is not None)  # fmt: skip
+
+    def replay_span(self, span: Span) -> None:
+        """Add the gradients of rows read before by `a`, `b` and `c`; computes logits again."""
+        self._logits(span)
+        self.differentiate(span)
+
+    def differentiate(self, span: Span) -> None:
+        """Turn the logits of rows into gradients by `a`, `b` and `c`, and add them."""
+        self._run(span, program=None, STATISTICS=False, POWERS=False, GRADIENT=True)
+        self.accumulate(span)
+
+    def accumulate(self, span: Span) -> None:
+        """Add what the logit gradients of the rows of a slab contribute to each gradient."""
+        place = span.edges[0] + torch.arange(span.size, device=span.edges.device)
+        own = self.rows[place.clamp(max=len(self.rows) - 1)]
+        moves = (self.a[own] != 0) | (self.b[own] != 0) | (self.c[own] != 0)
+        active, count = products.listed(moves & (place < span.edges[1]))
         slab, width = self._slab, self.source.shape[1]
         settings = products.settings(self.source.dtype, gradient=True)
         launch: Any
         if self.of_hidden is not None:
-            launch = products.to_hidden[products.grid(stop - start, width)]
-            launch(slab, self.weight, self.rows, active, count, self.of_hidden, start, self.vocab,
-                   width, **settings)  # fmt: skip
+            launch = products.to_hidden[products.grid(span.size, width)]
+            launch(slab, self.weight, self.rows, span.edges, active, count, self.of_hidden,
+                   self.vocab, width, **settings)  # fmt: skip
         if self.of_weight is not None or self.of_bias is not None:
             launch = products.to_weight[
                 products.grid(self.vocab, width if self.of_weight is not None else 1)
             ]
-            launch(slab, self.source, self.rows, active, count,
+            launch(slab, self.source, self.rows, span.edges, active, count,
                    slab if self.of_weight is None else self.of_weight,
                    slab if self.of_bias is None else self.of_bias,
-                   start, self.vocab, width, WEIGHT=self.of_weight is not None,
+                   self.vocab, width, WEIGHT=self.of_weight is not None,
                    BIAS=self.of_bias is not None, **settings)  # fmt: skip
 
     def scale_hidden(self, factors: Tensor) -> None:
@@ -164,48 +185,56 @@ class TritonHead:
 
     def extra(self, name: str) -> Tensor:
         """Return a further statistic [n] of rows read with `powers`."""
-        _, mass, _, mass2, mass3, kept, moment = self.state.unbind(1)
+        _, mass, _, mass2, mass3, kept, moment, _, _ = self.state.unbind(1)
         return {
             "max_logprob": -mass.log(),
             "p_max": 1 / mass,
             "sum_p2": mass2 / mass**2,
             "sum_p3": mass3 / mass**3,
             "kept_mass": kept / mass,
-            "truncated_entropy": kept.log() - moment / kept,
+            "truncated_entropy": torch.where(kept == 0, 0.0, kept.log() - moment / kept),
         }[name]
 
     def close(self) -> None:
         """Give memory back; the head is of no use afterwards."""
-        self._slab = None
+        self._slab = self._aside = None
+
+    def take(self, a: Tensor, b: Tensor, c: Tensor | None) -> None:
+        """Set the coefficients of all rows [n]; None stands for 0."""
+        self.a.copy_(a)
+        self.b.copy_(b)
+        if c is not None:
+            self.c.copy_(c)
 
     def _set(self, start: int, stop: int, slopes: Coefficients) -> None:
         own = self.rows[start:stop]
         self.a[own] = slopes.a.float()
         self.b[own] = torch.zeros_like(slopes.a) if slopes.b is None else slopes.b.float()
+        self.c[own] = torch.zeros_like(slopes.a) if slopes.c is None else slopes.c.float()
 
-    def logits(self, start: int, stop: int) -> None:
-        """Make the logits of rows start ... stop."""
-        size, width = stop - start, self.source.shape[1]
-        if self._slab is None or len(self._slab) < size:
-            self._slab = torch.empty(size, self.vocab, device=self.source.device)
-        launch: Any = products.logits[products.grid(size, self.vocab)]
-        launch(self.source, self.weight, self.rows, self.count, self._slab, start, size, self.vocab,
-               width, **products.settings(self.source.dtype, gradient=False))  # fmt: skip
+    def _logits(self, span: Span) -> None:
+        """Make the logits of the rows of a slab."""
+        if self._slab is None or len(self._slab) < span.size:
+            self._slab = torch.empty(span.size, self.vocab, device=self.source.device)
+        launch: Any = products.logits[products.grid(span.size, self.vocab)]
+        launch(self.source, self.weight, self.rows, span.edges, self._slab, self.vocab,
+               self.source.shape[1],
+               **products.settings(self.source.dtype, gradient=False))  # fmt: skip
 
-    def _run(
-        self, start: int, stop: int, *, program: dict[str, Any] | None, **constants: bool
-    ) -> None:
+    def _run(self, span: Span, *, program: dict[str, Any] | None, **constants: bool) -> None:
         program = dict(program or NO_PROGRAM)
         vectors = [program.pop(name, self.a) for name in VECTORS]
         numbers = [program.pop(name, 0.0) for name in NUMBERS]
-        least = self.truncation.min_p if self.truncation else None
+        cut = self.truncation or Cut()
+        search = cut.top_p is not None or cut.top_k is not None
+        aside, names = self._room(span.size) if search else (self.a, self.rows)
         starts, ids = self.bans or (self.rows, self.rows)
         block = min(MOST_BLOCK, triton.next_power_of_2(self.vocab))
-        launch: Any = run_rows[(stop - start,)]
+        launch: Any = run_rows[(span.size,)]
         launch(
             self._slab,
             self.rows,
-            self.count,
+            span.edges,
             self.targets,
             self.a if self.bias is None else self.bias,
             starts,
@@ -215,24 +244,42 @@ class TritonHead:
             self.entropy,
             self.a,
             self.b,
+            self.c,
             *vectors,
             self.losses,
-            start,
+            aside,
+            names,
             self.vocab,
             1.0 / self.temperature,
             self.softcap or 0.0,
             *numbers,
-            math.log(least) if least else -math.inf,
+            math.inf if cut.top_p is None else float(cut.top_p),
+            math.inf if cut.top_k is None else float(cut.top_k),
+            math.log(cut.min_p) if cut.min_p else -math.inf,
             BIAS=self.bias is not None,
             CAP=self.softcap is not None,
             BANS=self.bans is not None,
             STATE=STATE,
             CUT=self.truncation is not None,
+            SEARCH=search,
+            THIRD=self.truncation is not None,
+            ROOM=ROOM,
+            SPAN=SPAN,
             BLOCK=block,
             num_warps=8 if block >= 2048 else 4,
             **program,
             **constants,
         )
+
+    def _room(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return room for the tokens near the borders of the rows of a slab."""
+        if self._aside is None or len(self._aside[0]) < rows:
+            device = self.source.device
+            self._aside = (
+                torch.empty(rows, ROOM, device=device),
+                torch.empty(rows, ROOM, dtype=torch.int32, device=device),
+            )
+        return self._aside
 
 
 VECTORS = ("old_logprob", "advantages", "weights", "factor", "ref_logprob")

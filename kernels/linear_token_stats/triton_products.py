@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from eapo_fast.kernels.native import triton_is_interpreted
+from eapo_fast.kernels.policy_loss.rows import listed
+
+__all__ = ["grid", "listed", "logits", "settings", "to_hidden", "to_weight"]
 
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 128
 """Tile of a result; not tuned."""
@@ -32,15 +34,13 @@ def _dot(a, b, total, WIDEN: tl.constexpr, PRECISION: tl.constexpr):  # type: ig
     return tl.dot(a, b, total, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["first", "size"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def logits(  # type: ignore[no-untyped-def]
     hidden,  # [N, H]
     weight,  # [V, H]
-    rows,  # list of rows of `hidden`; those of this slab start at `first`
-    count,  # [1] int64, rows in the list
+    rows,  # list of rows of `hidden`
+    span,  # [2] int64: where in the list the rows of this slab start and stop
     z,  # [C, V] fp32
-    first,
-    size,  # C
     vocab,
     width,  # H
     BLOCK_M: tl.constexpr,
@@ -50,7 +50,8 @@ def logits(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
 ):
     """z = hidden[rows] @ weight.T."""
-    live = tl.minimum(tl.load(count) - first, size)
+    first = tl.load(span)
+    live = tl.load(span + 1) - first
     start = tl.program_id(0) * BLOCK_M
     if start >= live:
         return
@@ -75,15 +76,15 @@ def logits(  # type: ignore[no-untyped-def]
     tl.store(at, total, mask=(m < live)[:, None] & (n < vocab)[None, :])
 
 
-@triton.jit(do_not_specialize=["first"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def to_hidden(  # type: ignore[no-untyped-def]
     z,  # [C, V] fp32, logit gradients
     weight,
     rows,
+    span,
     active,  # list of rows of the slab, [C]
     count,  # [1] int64, rows in `active`
     out,  # [N, H] fp32
-    first,
     vocab,
     width,
     BLOCK_M: tl.constexpr,
@@ -114,7 +115,7 @@ def to_hidden(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         total = _dot(left, right, total, WIDEN, PRECISION)
-    to = tl.load(rows + first + row, mask=m < live, other=0)
+    to = tl.load(rows + tl.load(span) + row, mask=m < live, other=0)
     tl.store(
         out + to[:, None] * width + n[None, :],
         total,
@@ -122,16 +123,16 @@ def to_hidden(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit(do_not_specialize=["first"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def to_weight(  # type: ignore[no-untyped-def]
     z,
     hidden,
     rows,
+    span,
     active,
     count,
     out,  # [V, H] fp32
     bias,  # [V] fp32
-    first,
     vocab,
     width,
     WEIGHT: tl.constexpr,
@@ -144,6 +145,9 @@ def to_weight(  # type: ignore[no-untyped-def]
 ):
     """out += z[active].T @ hidden[rows[active]]; bias += sum of z[active]."""
     live = tl.load(count)
+    if live == 0:
+        return
+    first = tl.load(span)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     at = out + m[:, None].to(tl.int64) * width + n[None, :]
@@ -199,12 +203,3 @@ def settings(dtype: torch.dtype, *, gradient: bool) -> dict[str, Any]:
 def grid(rows: int, columns: int) -> tuple[int, int]:
     """Return the tiles of a result."""
     return triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS)
-
-
-def listed(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the places [C] of the flags that are set, in order, then the rest; and their number.
-
-    Both stay on the device.
-    """
-    order = (~flags).to(torch.uint8).argsort(stable=True)
-    return order, flags.sum().view(1)

@@ -1,8 +1,10 @@
 """One program a row of logits: statistics, the token program, and the gradient in their place.
 
 A row is read once for its statistics and once more to become its gradient
-`a (onehot - p) + b (-p (ln p + H))`. With PROGRAM, a and b come from the recipe in between, so that
-one launch does all that a token-local recipe does to a slab. Logits and their gradient are float32.
+`a (onehot - p) + b (-p (ln p + H))`, and `c (-q (ln q + Ht))` on the tokens that a cut keeps, whose
+border takes a few reads more (`triton_cut`). With PROGRAM, a and b come from the recipe in between,
+so that one launch does all that a token-local recipe does to a slab. Logits and their gradient are
+float32.
 """
 
 from __future__ import annotations
@@ -10,36 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from eapo_fast.kernels.linear_token_stats.triton_cut import kept_of, truncate
+from eapo_fast.kernels.linear_token_stats.triton_logits import LOG2E, scaled
 from eapo_fast.kernels.policy_loss.triton_program import ratio_terms, token_terms
 
-LOG2E = tl.constexpr(1.4426950408889634)
-STATE = 7
-"""Numbers that are kept of a row: max, mass, moment, sums of the weights squared and cubed, and
-mass and moment of the tokens within `reach` of the largest."""
-
-
-@triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
-    """Hyperbolic tangent: an odd polynomial near 0, where the other form cancels."""
-    size = tl.abs(x)
-    square = x * x
-    series = -0.00611316 * square + 0.02101005
-    series = series * square - 0.05385406
-    series = series * square + 0.13332794
-    series = series * square - 0.33333329
-    near = x + x * square * series
-    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
-    return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _scaled(x, bias, column, there, inverse, cap, BIAS: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """y = cap(x + bias) / temperature; -inf where it is banned or past the end."""
-    if BIAS:
-        x += tl.load(bias + column, mask=there, other=0.0)
-    if CAP:
-        x = tl.where(x == float("-inf"), x, cap * _tanh(x / cap))
-    return tl.where(there, x * inverse, float("-inf"))
+STATE = 9
+"""Numbers that are kept of a row: max, mass, moment, sums of the weights squared and cubed; and of
+the tokens that a cut keeps: mass, moment, border and the last id at the border (exact to 2^24)."""
 
 
 @triton.jit
@@ -53,11 +32,11 @@ def _ban(row, starts, ids, source):  # type: ignore[no-untyped-def]
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["first"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def run_rows(  # type: ignore[no-untyped-def]
     z,  # [C, V] fp32
-    rows,  # list of rows; those of this slab start at `first`
-    count,  # [1] int64, rows in the list
+    rows,  # list of rows
+    span,  # [2] int64: where in the list the rows of this slab start and stop
     targets,  # [N] int64
     bias,  # [V] fp32
     ban_starts,  # [N + 1] int64
@@ -67,13 +46,15 @@ def run_rows(  # type: ignore[no-untyped-def]
     entropies,
     a,
     b,
+    c,
     old_logprob,
     advantages,
     weights,
     factor,
     ref_logprob,
     losses,
-    first,
+    aside,  # [C, ROOM] fp32 and int32: room for tokens near a border
+    names,
     vocab,
     inverse,  # 1 / temperature
     cap,
@@ -82,7 +63,9 @@ def run_rows(  # type: ignore[no-untyped-def]
     delta,
     beta,
     entropy_coef,
-    reach,  # ln of the least share of the largest p that is kept
+    share,  # of a cut, as are the next two; see `triton_cut.truncate`
+    kept_most,
+    reach,
     STATISTICS: tl.constexpr,  # whether to make them; else they are in `state`
     PROGRAM: tl.constexpr,  # whether to make a and b
     GRADIENT: tl.constexpr,  # whether to make the gradient
@@ -91,6 +74,8 @@ def run_rows(  # type: ignore[no-untyped-def]
     BANS: tl.constexpr,
     POWERS: tl.constexpr,
     CUT: tl.constexpr,
+    SEARCH: tl.constexpr,
+    THIRD: tl.constexpr,  # whether there is a c
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -98,13 +83,16 @@ def run_rows(  # type: ignore[no-untyped-def]
     BETA: tl.constexpr,
     BONUS: tl.constexpr,
     STATE: tl.constexpr,
+    ROOM: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row of a slab."""
     place = tl.program_id(0)
-    if first + place >= tl.load(count):
+    at = tl.load(span) + place
+    if at >= tl.load(span + 1):
         return
-    source = tl.load(rows + first + place)
+    source = tl.load(rows + at)
     row = z + place.to(tl.int64) * vocab
     lane = tl.arange(0, BLOCK)
     if BANS:
@@ -112,6 +100,7 @@ def run_rows(  # type: ignore[no-untyped-def]
     own = state + source * STATE
     if STATISTICS:
         top = float("-inf")
+        bottom = float("inf")
         mass = 0.0
         moment = 0.0
         mass2 = 0.0
@@ -121,10 +110,12 @@ def run_rows(  # type: ignore[no-untyped-def]
             column = start + lane
             there = column < vocab
             x = tl.load(row + column, mask=there, other=0.0)
-            y = _scaled(x, bias, column, there, inverse, cap, BIAS, CAP)
+            y = scaled(x, bias, column, there, inverse, cap, BIAS, CAP)
             bad = (y != y) | (y == float("inf"))
             wrong += tl.sum(bad.to(tl.int32), 0)
             y = tl.where(bad, float("-inf"), y)
+            if CUT:
+                bottom = tl.minimum(bottom, tl.min(tl.where(y > float("-inf"), y, float("inf")), 0))
             higher = tl.maximum(top, tl.max(y, 0))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             before = tl.where(top == float("-inf"), 0.0, top - base)
@@ -146,20 +137,15 @@ def run_rows(  # type: ignore[no-untyped-def]
             tl.store(own + 3, mass2)
             tl.store(own + 4, mass3)
         if CUT:
-            kept = 0.0
-            kept_moment = 0.0
-            for start in range(0, vocab, BLOCK):
-                column = start + lane
-                there = column < vocab
-                x = tl.load(row + column, mask=there, other=0.0)
-                y = _scaled(x, bias, column, there, inverse, cap, BIAS, CAP)
-                distance = tl.where(y == float("-inf"), 0.0, y - top)
-                inside = (y > float("-inf")) & (distance >= reach)
-                weight = tl.where(inside, tl.exp2(distance * LOG2E), 0.0)
-                kept += tl.sum(weight, 0)
-                kept_moment += tl.sum(tl.where(inside, weight * distance, 0.0), 0)
+            kept, kept_moment, border, last = truncate(
+                row, aside + place.to(tl.int64) * ROOM, names + place.to(tl.int64) * ROOM, bias,
+                vocab, inverse, cap, top, bottom, mass, share, kept_most, reach, BIAS, CAP, SEARCH,
+                ROOM, SPAN,
+            )  # fmt: skip
             tl.store(own + 5, kept)
             tl.store(own + 6, kept_moment)
+            tl.store(own + 7, border)
+            tl.store(own + 8, last.to(tl.float32))
     else:
         top = tl.load(own)
         mass = tl.load(own + 1)
@@ -168,13 +154,14 @@ def run_rows(  # type: ignore[no-untyped-def]
     entropy = log_mass - moment / mass
     target = tl.load(targets + source)
     hit = tl.load(row + target + lane, mask=lane == 0, other=0.0)
-    wanted = _scaled(hit, bias, target + lane, lane == 0, inverse, cap, BIAS, CAP)
+    wanted = scaled(hit, bias, target + lane, lane == 0, inverse, cap, BIAS, CAP)
     logprob = tl.max(wanted, 0) - top - log_mass
     if STATISTICS:
         tl.store(logprobs + source, logprob)
         tl.store(entropies + source, entropy)
     slope_a = 0.0
     slope_b = 0.0
+    slope_c = 0.0
     if PROGRAM:
         share = tl.load(weights + source)
         drift = logprob - tl.load(old_logprob + source)
@@ -199,20 +186,33 @@ def run_rows(  # type: ignore[no-untyped-def]
     elif GRADIENT:
         slope_a = tl.load(a + source)
         slope_b = tl.load(b + source)
+        if THIRD:
+            slope_c = tl.load(c + source)
     if GRADIENT:
-        if (slope_a == 0.0) & (slope_b == 0.0):
+        if (slope_a == 0.0) & (slope_b == 0.0) & (slope_c == 0.0):
             return
         tl.debug_barrier()
         step = tl.where(logprob > float("-inf"), slope_a, 0.0)
         bracket = slope_a + slope_b * entropy
+        if THIRD:
+            kept = tl.load(own + 5)
+            border = tl.load(own + 7)
+            last = tl.load(own + 8).to(tl.int32)
+            log_kept = tl.log(tl.where(kept > 0.0, kept, 1.0))
+            level = log_kept - tl.load(own + 6) / tl.where(kept > 0.0, kept, 1.0)
         for start in range(0, vocab, BLOCK):
             column = start + lane
             there = column < vocab
             x = tl.load(row + column, mask=there, other=0.0)
-            y = _scaled(x, bias, column, there, inverse, cap, BIAS, CAP)
+            y = scaled(x, bias, column, there, inverse, cap, BIAS, CAP)
             log_p = tl.where(y == float("-inf"), 0.0, y - top - log_mass)
             p = tl.where(y == float("-inf"), 0.0, tl.exp2(log_p * LOG2E))
             dy = tl.where(column == target, step, 0.0) - p * (bracket + slope_b * log_p)
+            if THIRD:
+                inside = kept_of(y, column, border, last)
+                log_q = tl.where(inside, y - top - log_kept, 0.0)
+                q = tl.where(inside, tl.exp2(log_q * LOG2E), 0.0)
+                dy -= slope_c * q * (log_q + level)
             if CAP:
                 bend = tl.where(y == float("-inf"), 0.0, y / (cap * inverse))
                 dy = dy * (1.0 - bend * bend)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from eapo_fast.errors import suggest
+from eapo_fast.errors import NonFiniteError, suggest
 from eapo_fast.kernels.checks import FLAGS, FLOATS, INTEGERS, check_cu_seqlens, check_tensor
+from eapo_fast.kernels.linear_token_stats.finite import no_distribution
 from eapo_fast.recipes import Recipe
 
 PER_TOKEN = (
@@ -72,6 +73,25 @@ class LossOutput:
     target, which is no sum over tokens."""
     details: Mapping[str, Tensor] = field(default_factory=dict)
     """[N] each, what the recipe saw and decided, where it was asked for."""
+    bad_token: Tensor | None = None
+    """0-dim: the first token without a distribution, which makes the loss NaN; -1 or None: none."""
+
+    def check(self) -> None:
+        """Raise `NonFiniteError`, which names the token, if the loss is not finite.
+
+        Losses on a GPU are returned before anybody knows; this waits for it.
+        """
+        if torch.isfinite(self.loss.detach()):
+            return
+        bad = ~torch.isfinite(self.token_loss)
+        if self.bad_token is not None and int(self.bad_token) >= 0:
+            raise no_distribution(int(self.bad_token))
+        where = f", first at token {int(bad.nonzero()[0])}" if bad.any() else ""
+        raise NonFiniteError(
+            f"the loss is {float(self.loss)}{where} ({int(bad.sum())} such tokens): a "
+            "log-probability, an advantage or a weight is not finite or too large; mask such "
+            "tokens out, or find where they come from"
+        )
 
 
 def check_batch(batch: PolicyBatch, recipe: Recipe, rows: int, device: torch.device) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,19 +47,76 @@ def policy_loss(
 ) -> LossOutput:
     """Return the detached loss of a checked batch, metrics and coefficients; float32."""
     follow_torch_threads()
-    a = torch.empty_like(logprob, dtype=torch.float32, memory_format=torch.contiguous_format)
-    token_loss = torch.empty_like(a)
-    b = torch.empty_like(a) if recipe.entropy_coef else None
-    sums = torch.empty(_core.POLICY_SUMS, dtype=torch.float64)
+    results = Results.empty(len(logprob), recipe)
     _core.policy_loss(
         _plain(logprob),
-        _plain(batch.old_logprob),
-        _plain(batch.advantages),
-        batch.cu_seqlens.long().contiguous(),
-        mask=None if batch.mask is None else _flags(batch.mask),
-        ref_logprob=_optional(batch.ref_logprob),
+        **batch_arguments(batch),
         entropy=_optional(entropy),
-        factor=_optional((batch.stats or {}).get("weight")),
+        method=method_of(recipe),
+        **results.arguments(),
+    )
+    return results.output(names_of(recipe, batch, entropy))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Results:
+    """What the kernels fill: coefficients and losses [N] of the tokens, and sums over them."""
+
+    a: Tensor
+    b: Tensor | None
+    token_loss: Tensor
+    sums: Tensor
+
+    @classmethod
+    def empty(cls, tokens: int, recipe: Recipe) -> Results:
+        """Return room for the results of `recipe`."""
+        a = torch.empty(tokens)
+        return cls(
+            a,
+            torch.empty_like(a) if recipe.entropy_coef else None,
+            torch.empty_like(a),
+            torch.empty(_core.POLICY_SUMS, dtype=torch.float64),
+        )
+
+    def arguments(self) -> dict[str, Tensor | None]:
+        """Return them by the names that the kernels use."""
+        return {"a": self.a, "b": self.b, "token_loss": self.token_loss, "sums": self.sums}
+
+    def output(self, names: list[str]) -> LossOutput:
+        """Return the detached loss with the metrics `names`."""
+        a, b = self.a, self.b
+        return LossOutput(
+            loss=self.sums[0].float(),
+            metrics=metrics_of_sums(self.sums, names),
+            a=a,
+            b=a.new_zeros(()).expand(len(a)) if b is None else b,
+            token_loss=self.token_loss,
+        )
+
+
+def batch_arguments(batch: PolicyBatch) -> dict[str, Any]:
+    """Return a checked batch by the names that the kernels use."""
+    return {
+        "old_logprob": _plain(batch.old_logprob),
+        "advantages": _plain(batch.advantages),
+        "cu_seqlens": batch.cu_seqlens.long().contiguous(),
+        "mask": None if batch.mask is None else _flags(batch.mask),
+        "ref_logprob": _optional(batch.ref_logprob),
+        "factor": _optional((batch.stats or {}).get("weight")),
+        "num_tokens": -1.0 if batch.num_tokens is None else float(batch.num_tokens),
+        "num_sequences": -1.0 if batch.num_sequences is None else float(batch.num_sequences),
+    }
+
+
+def names_of(recipe: Recipe, batch: PolicyBatch, entropy: Tensor | None) -> list[str]:
+    """Return the names of the metrics of a batch."""
+    return metric_names(recipe, batch.ref_logprob is not None, entropy is not None)
+
+
+@lru_cache(maxsize=64)
+def method_of(recipe: Recipe) -> _core.PolicyMethod:
+    """Return the settings of a token-local recipe."""
+    return _core.PolicyMethod(
         surrogate=recipe.surrogate,
         kl=recipe.kl,
         aggregation=recipe.aggregation,
@@ -65,21 +126,6 @@ def policy_loss(
         beta=recipe.beta,
         entropy_coef=recipe.entropy_coef,
         max_length=norm_length(recipe) if recipe.aggregation.endswith("-norm") else 1.0,
-        num_tokens=-1.0 if batch.num_tokens is None else float(batch.num_tokens),
-        num_sequences=-1.0 if batch.num_sequences is None else float(batch.num_sequences),
-        a=a,
-        b=b,
-        token_loss=token_loss,
-        sums=sums,
-    )
-    return LossOutput(
-        loss=sums[0].float(),
-        metrics=metrics_of_sums(
-            sums, metric_names(recipe, batch.ref_logprob is not None, entropy is not None)
-        ),
-        a=a,
-        b=a.new_zeros(()).expand(len(a)) if b is None else b,
-        token_loss=token_loss,
     )
 
 

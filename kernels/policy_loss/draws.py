@@ -30,15 +30,24 @@ def keyed_uniform(seed: int, purpose: str, indices: tuple[Tensor, ...]) -> Tenso
     return ((words[1] << 21) | (words[0] >> 11)).to(torch.float64) * 2.0**-53
 
 
-def fingerprints(values: Tensor, position: Tensor, sequence: Tensor, sequences: int) -> Tensor:
+def fingerprints(
+    values: Tensor,
+    position: Tensor,
+    sequence: Tensor,
+    sequences: int,
+    live: Tensor | None = None,
+) -> Tensor:
     """Return [sequences] int64: a hash of each sequence's numbers, rounded to float32.
 
-    values, position, sequence: [n] rows. It does not depend on the order of the sequences.
+    values, position, sequence: [n] rows; `live`: which count. It does not depend on the order of
+    the sequences.
     """
     bits = (values.to(torch.float32) + 0.0).contiguous().view(torch.int32).long()
     mixed = (bits ^ (position * 0x9E3779B97F4A7C1)) * 0x2545F4914F6CDD1D
     mixed = (mixed ^ (mixed >> 29)) * 0x369DEA0F31A53F85
     mixed = mixed ^ (mixed >> 32)
+    if live is not None:
+        mixed = torch.where(live, mixed, 0)
     return mixed.new_zeros(sequences).index_add_(0, sequence, mixed)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eapo_fast.kernels import checks
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch
 
 
@@ -12,7 +13,7 @@ def check_finite(
     found: LossOutput, logprob: Tensor, entropy: Tensor | None, batch: PolicyBatch
 ) -> None:
     """Raise `ValueError` with the culprit if the loss is not finite (on a CPU)."""
-    if logprob.device.type != "cpu" or torch.isfinite(found.loss):
+    if not checks.may_look(logprob) or torch.isfinite(found.loss):
         return
     inputs = {"logprob": logprob, "old_logprob": batch.old_logprob, "entropy": entropy}
     inputs |= {"ref_logprob": batch.ref_logprob, "advantages": batch.advantages}

@@ -75,14 +75,15 @@ def metrics_of(
         "reweighting_mean": rows.stats.get("reweighting"),
         "entropy_penalty": terms.penalty,
     }
-    metrics = {"ratio_max": _largest(found.ratio), "logp_difference_max": _largest(gap)}
+    largest = {"ratio_max": found.ratio, "logp_difference_max": gap}
+    metrics = {name: _largest(rows.counted(values)) for name, values in largest.items()}
     if truncated is not None and "entropy_share" in rows.stats:
         metrics["truncated_entropy"] = (rows.stats["entropy_share"] * truncated).sum()
     names = metric_names(recipe, terms.kl is not None, entropy is not None)
     for name in names:
         values = averaged.get(name)
         if values is not None:
-            metrics[name] = values.to(gap.dtype).sum() / rows.num_tokens
+            metrics[name] = rows.counted(values).to(gap.dtype).sum() / rows.num_tokens
     return {name: metrics[name] for name in names}
 
 

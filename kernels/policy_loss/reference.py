@@ -33,7 +33,7 @@ def policy_loss(
         raise ValueError(f"recipe {recipe.name!r} reads the truncated entropy, which is not here")
     rows, seen = resolve(rows, recipe, logprob, entropy, truncated)
     terms = token_terms(rows, recipe, logprob, entropy)
-    loss = (rows.weight * terms.loss).sum() + _target_loss(rows, recipe)
+    loss = rows.counted(rows.weight * terms.loss).sum() + _target_loss(rows, recipe)
     b = torch.zeros_like(terms.a) if terms.b is None else terms.b
     return LossOutput(
         loss=loss,
@@ -114,7 +114,7 @@ def _target_loss(rows: Rows, recipe: Recipe) -> Tensor | float:
     if recipe.entropy_target is None:
         return 0.0
     gap = rows.shared_statistic("entropy_gap")
-    return recipe.entropy_target.coef * gap.square() * (len(rows.sequence) / rows.num_tokens)
+    return recipe.entropy_target.coef * gap.square() * (rows.count / rows.num_tokens)
 
 
 def _details(

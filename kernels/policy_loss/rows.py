@@ -44,6 +44,11 @@ class Rows:
     """[n] each, further values of the row, by the names of `PolicyBatch.stats`."""
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     """Values that all rows share, by the same names."""
+    live: Tensor | None = None
+    """[n] which rows count; those that don't come last, and hold 0. None: all do.
+
+    On a GPU nobody may wait for the number of masked-in rows, so that n is N there.
+    """
 
     def part(self, start: int, stop: int) -> Rows:
         """Return rows start ... stop, for computations that look at single rows only."""
@@ -59,14 +64,35 @@ class Rows:
         """Spread [n] over [N], with 0 at the masked rows."""
         if self.index is None:
             return values
-        return values.new_zeros(self.total).index_copy_(0, self.index, values)
+        return values.new_zeros(self.total).index_copy_(0, self.index, self.counted(values))
 
     def gather(self, values: Tensor) -> Tensor:
         """Take the n rows out of [N, ...]."""
-        return values if self.index is None else values.index_select(0, self.index)
+        if self.index is None:
+            return values
+        return self.counted(values.index_select(0, self.index))
+
+    @property
+    def count(self) -> int | Tensor:
+        """How many rows count."""
+        return len(self.sequence) if self.live is None else self.live.sum()
+
+    def counted(self, values: Tensor) -> Tensor:
+        """Put 0 in the place of rows of [n] that don't count."""
+        if self.live is None:
+            return values
+        is_flag = values.dtype == torch.bool
+        return values & self.live if is_flag else torch.where(self.live, values, 0)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average [n] over the rows that count, in float64."""
+        if self.live is None:
+            return values.double().mean()
+        return self.counted(values).double().sum() / self.count
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """Sum [n] over each sequence and give every row the sum of its own."""
+        values = self.counted(values)
         sums = torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True)
         return sums[self.sequence]
 
@@ -95,30 +121,60 @@ class Rows:
 _PER_ROW = ("old_logprob", "advantages", "weight", "sequence", "ref_logprob", "factor", "index")
 
 
-def trained_rows(batch: PolicyBatch, recipe: Recipe, dtype: torch.dtype) -> Rows:
-    """Lay out the masked-in rows of a checked batch, numbers in `dtype`."""
+def listed(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places [C] of the flags that are set, in order, then the rest; and their number.
+
+    Both stay on the device.
+    """
+    order = (~flags).to(torch.uint8).argsort(stable=True)
+    return order, flags.sum().view(1)
+
+
+def trained_rows(
+    batch: PolicyBatch,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    listed: tuple[Tensor, Tensor] | None = None,
+) -> Rows:
+    """Lay out the masked-in rows of a checked batch, numbers in `dtype`.
+
+    `listed`: (all rows [N], masked-in ones first; their number [1]), so that nothing here waits
+    for the device.
+    """
     cu_seqlens = batch.cu_seqlens.long()
     total, sequences = len(batch.old_logprob), len(cu_seqlens) - 1
     sequence = torch.arange(sequences, device=cu_seqlens.device).repeat_interleave(
         cu_seqlens.diff(), output_size=total
     )
-    index = None if batch.mask is None else (batch.mask != 0).nonzero().squeeze(1)
+    index, live, lengths = None, None, cu_seqlens.diff()
+    count: int | Tensor = total
+    if batch.mask is not None and listed is not None:
+        index, count = listed[0], listed[1].sum()
+        live = torch.arange(total, device=index.device) < count
+        before = torch.cat([lengths.new_zeros(1), (batch.mask != 0).long().cumsum(0)])
+        lengths = before[cu_seqlens].diff()
+    elif batch.mask is not None:
+        index = (batch.mask != 0).nonzero().squeeze(1)
+        count, lengths = len(index), torch.bincount(sequence[index], minlength=sequences)
     if index is not None:
         sequence = sequence[index]
-    lengths = torch.bincount(sequence, minlength=sequences)
+
+    def counted(values: Tensor) -> Tensor:
+        return values if live is None else torch.where(live, values, 0)
 
     def pick(values: Tensor) -> Tensor:
-        return (values if index is None else values[index]).detach().to(dtype)
+        return counted(values if index is None else values[index]).detach().to(dtype)
 
     per_sequence = len(batch.advantages) == sequences
-    advantages = batch.advantages[sequence] if per_sequence else pick(batch.advantages)
-    num_tokens = _count(batch.num_tokens, len(sequence), dtype, sequence.device)
+    advantages = batch.advantages.detach()[sequence] if per_sequence else pick(batch.advantages)
+    num_tokens = _count(batch.num_tokens, count, dtype, sequence.device)
     num_sequences = _count(batch.num_sequences, (lengths > 0).sum(), dtype, sequence.device)
     stats, shared = _statistics(batch, pick, dtype)
+    weight = _shares(recipe, lengths, num_tokens, num_sequences)[sequence]
     return Rows(
         old_logprob=pick(batch.old_logprob),
-        advantages=advantages.detach().to(dtype),
-        weight=_shares(recipe, lengths, num_tokens, num_sequences)[sequence],
+        advantages=counted(advantages).to(dtype),
+        weight=counted(weight),
         sequence=sequence,
         ref_logprob=None if batch.ref_logprob is None else pick(batch.ref_logprob),
         factor=stats.pop("weight", None),
@@ -129,6 +185,7 @@ def trained_rows(batch: PolicyBatch, recipe: Recipe, dtype: torch.dtype) -> Rows
         total=total,
         stats=stats,
         shared=shared,
+        live=live,
     )
 
 
@@ -178,5 +235,11 @@ def norm_length(recipe: Recipe) -> float:
 def _count(
     given: int | Tensor | None, local: int | Tensor, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    count = local if given is None else given
-    return torch.as_tensor(count, dtype=dtype, device=device).clamp(min=1)
+    return on_device(local if given is None else given, dtype, device).clamp(min=1)
+
+
+def on_device(number: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a number on the device; one of the host is written there, which waits for nothing."""
+    if isinstance(number, Tensor) and number.device == device:
+        return number.to(dtype)
+    return torch.full((), float(number), dtype=dtype, device=device)

@@ -24,9 +24,10 @@ def select(
     "picked" is there where not every picked token is selected (kl_to_proxy: only those below q).
     """
     score = token_score(rows, selection.score, logprob)
-    pool = torch.ones_like(found.low)
+    pool = torch.ones_like(found.low) if rows.live is None else rows.live
     if selection.sign is not None:
-        pool = rows.advantages < 0 if selection.sign == "negative" else rows.advantages > 0
+        signed = rows.advantages < 0 if selection.sign == "negative" else rows.advantages > 0
+        pool = pool & signed
     eligible = pool
     if selection.low is not None:
         eligible = eligible & (score > selection.low)
@@ -50,8 +51,12 @@ def token_score(rows: Rows, score: str, logprob: Tensor) -> Tensor:
     """
     if score == "logprob":
         return logprob
-    mean_a = rows.advantages.double().mean().to(logprob.dtype)
-    mean_l = logprob[logprob > -torch.inf].double().mean().to(logprob.dtype)
+    mean_a = rows.mean(rows.advantages).to(logprob.dtype)
+    possible = logprob > -torch.inf
+    if rows.live is not None:
+        possible = possible & rows.live
+    total = torch.where(possible, logprob, 0.0).double().sum()
+    mean_l = (total / possible.sum()).to(logprob.dtype)
     return (rows.advantages - mean_a) * (logprob - mean_l)
 
 
@@ -92,13 +97,20 @@ def proxy_logprob(rows: Rows, selection: Selection) -> Tensor:
 def _picked(
     rows: Rows, selection: Selection, score: Tensor, eligible: Tensor, count: Tensor
 ) -> Tensor:
-    """Flag the first `count` eligible rows by score or by draw; [n]."""
+    """Flag the first `count` eligible rows by score or by draw; [n].
+
+    On a GPU all rows are ranked, and the eligible ones come first then: nobody waits for a number.
+    """
+    waits = rows.live is None and eligible.device.type == "cpu"
     sequences = len(rows.lengths)
     position = rows.position()
-    rollout = fingerprints(rows.old_logprob, position, rows.sequence, sequences)
+    rollout = fingerprints(rows.old_logprob, position, rows.sequence, sequences, rows.live)
     place = torch.empty_like(rollout)
     place[rollout.argsort(stable=True)] = torch.arange(sequences, device=place.device)
-    chosen = eligible.nonzero().squeeze(1)
+    if waits:
+        chosen = eligible.nonzero().squeeze(1)
+    else:
+        chosen = torch.arange(len(eligible), device=eligible.device)
     chosen = chosen[place[rows.sequence[chosen]].argsort(stable=True)]
     if selection.pick == "random":
         step = rows.shared.get("step", position.new_zeros(())).long().expand(len(chosen))
@@ -107,6 +119,8 @@ def _picked(
     else:
         rank = score[chosen] if selection.pick == "lowest" else -score[chosen]
     first = chosen[rank.argsort(stable=True)]
+    if not waits:
+        first = first[(~eligible[first]).to(torch.uint8).argsort(stable=True)]
     picked = torch.zeros_like(eligible)
     picked[first] = torch.arange(len(first), device=first.device) < count
-    return picked
+    return picked & eligible

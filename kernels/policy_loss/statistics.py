@@ -46,7 +46,7 @@ def resolve(
     if recipe.entropy_band is not None and "entropy_mean" not in given:
         missing = (*missing, "entropy_mean")
     if missing:
-        _check_whole(rows, recipe, missing)
+        rows = _whole(rows, recipe, missing)
     stats, shared = dict(rows.stats), dict(rows.shared)
     details: dict[str, Tensor] = {}
     if "selected" in missing and recipe.selection:
@@ -54,13 +54,13 @@ def resolve(
         stats["selected"] = details["selected"]
     if "reweighting" in missing and recipe.reweighting:
         details["score"] = entropy_change(rows, logprob)
-        stats["reweighting"] = token_weight(recipe.reweighting, details["score"])
+        stats["reweighting"] = token_weight(recipe.reweighting, details["score"], rows.live)
     if "entropy_mean" in missing and entropy is not None:
-        shared["entropy_mean"] = _mean(entropy)
+        shared["entropy_mean"] = _mean(rows, entropy)
     target = recipe.entropy_target
     if target and truncated is not None and {"entropy_share", "entropy_gap"} & set(missing):
         details["threshold"] = sequence_quantile(rows, truncated, target.quantile)
-        details["selected"] = truncated > details["threshold"]
+        details["selected"] = rows.counted(truncated > details["threshold"])
         share = _share(rows, details["selected"].to(truncated.dtype))
         level = (share * truncated).sum()
         stats["entropy_share"] = share
@@ -76,11 +76,17 @@ def entropy_change(rows: Rows, logprob: Tensor) -> Tensor:
     return (rows.advantages / old * p * (1 - p) * (p.log() + entropy)).abs()
 
 
-def token_weight(reweighting: Reweighting, change: Tensor) -> Tensor:
-    """Return w(Om) [n] of STEER; where all Om are equal, "linear" gives the middle."""
+def token_weight(reweighting: Reweighting, change: Tensor, live: Tensor | None = None) -> Tensor:
+    """Return w(Om) [n] of STEER; where all Om are equal, "linear" gives the middle.
+
+    `live`: the rows that count; None: all.
+    """
     if not len(change):
         return change
     least, most = change.min(), change.max()
+    if live is not None:
+        least = torch.where(live, change, torch.inf).min()
+        most = torch.where(live, change, 0.0).max()
     if reweighting.mapping == "exponential":
         rate = -math.log(reweighting.low) / most.clamp(min=reweighting.floor)
         return (-rate * change).exp().clamp(reweighting.low, 1.0)
@@ -92,18 +98,22 @@ def token_weight(reweighting: Reweighting, change: Tensor) -> Tensor:
 
 def sequence_quantile(rows: Rows, values: Tensor, quantile: float) -> Tensor:
     """Return [n]: the quantile of `values` [n] over the row's sequence, linearly interpolated."""
+    if not len(values):
+        return values
+    group = rows.sequence
+    if rows.live is not None:
+        group = torch.where(rows.live, group, len(rows.lengths))
     order = values.argsort(stable=True)
-    order = order[rows.sequence[order].argsort(stable=True)]
+    order = order[group[order].argsort(stable=True)]
     ranked = values[order]
     place = quantile * (rows.lengths - 1).clamp(min=0).double()
     below = place.floor()
     starts = rows.lengths.cumsum(0) - rows.lengths
-    low, high = starts + below.long(), starts + place.ceil().long()
-    live = rows.lengths > 0
-    edges = values.new_zeros(len(rows.lengths))
+    low, high = (
+        (starts + edge.long()).clamp(max=len(ranked) - 1) for edge in (below, place.ceil())
+    )
     part = (place - below).to(values.dtype)
-    edges[live] = torch.lerp(ranked[low[live]], ranked[high[live]], part[live])
-    return edges[rows.sequence]
+    return torch.lerp(ranked[low], ranked[high], part)[rows.sequence]
 
 
 def _share(rows: Rows, kept: Tensor) -> Tensor:
@@ -111,15 +121,25 @@ def _share(rows: Rows, kept: Tensor) -> Tensor:
     return kept / rows.sequence_sum(kept).clamp(min=1) / rows.num_sequences
 
 
-def _mean(values: Tensor) -> Tensor:
-    return values.mean() if len(values) else values.new_zeros(())
+def _mean(rows: Rows, values: Tensor) -> Tensor:
+    return rows.mean(values).to(values.dtype) if len(values) else values.new_zeros(())
 
 
-def _check_whole(rows: Rows, recipe: Recipe, missing: tuple[str, ...]) -> None:
+def _whole(rows: Rows, recipe: Recipe, missing: tuple[str, ...]) -> Rows:
+    """Return the rows of a whole batch. Raises `ValueError` if they are a part of one.
+
+    Where that would mean to wait for a GPU, a part gets weights that are NaN, and so is its loss.
+    """
+    if recipe.scope != "batch":
+        return rows
+    if rows.live is not None or rows.num_tokens.device.type != "cpu":
+        part = (rows.count > 0) & (rows.num_tokens != rows.count)
+        return replace(rows, weight=torch.where(part, torch.nan, rows.weight))
     here, whole = len(rows.sequence), int(rows.num_tokens)
-    if recipe.scope == "batch" and here and here != whole:
+    if here and here != whole:
         raise ValueError(
             f"stats: recipe {recipe.name!r} needs {', '.join(missing)} of the whole batch, and "
             f"{here} of its {whole} tokens are here; take them from ops.policy_statistics over all "
             "tokens, or use recipe.replace(scope='micro_batch')"
         )
+    return rows

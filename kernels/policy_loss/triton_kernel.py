@@ -18,7 +18,7 @@ from eapo_fast.kernels.policy_loss import triton_program
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch
 from eapo_fast.kernels.policy_loss.compiled import metrics_of_sums
 from eapo_fast.kernels.policy_loss.metrics import metric_names
-from eapo_fast.kernels.policy_loss.rows import norm_length
+from eapo_fast.kernels.policy_loss.rows import norm_length, on_device
 from eapo_fast.kernels.policy_loss.triton_math import filled
 from eapo_fast.kernels.policy_loss.triton_program import ratio_terms, token_terms
 from eapo_fast.recipes import Recipe
@@ -327,11 +327,11 @@ def counts_of(batch: PolicyBatch, mask: Tensor | None, cu_seqlens: Tensor) -> Te
         live = live_of(mask, cu_seqlens)
     else:
         live = cu_seqlens.diff().float()
+    sums = (live.sum, (live > 0).float().sum)
     found = [
-        here() if x is None else torch.full((), float(x), device=device)
-        if not isinstance(x, Tensor) else x.to(device, torch.float32)
-        for x, here in zip(given, (live.sum, (live > 0).float().sum), strict=True)
-    ]  # fmt: skip
+        here() if x is None else on_device(x, torch.float32, device)
+        for x, here in zip(given, sums, strict=True)
+    ]
     return torch.stack(found).clamp_(min=1)
 
 

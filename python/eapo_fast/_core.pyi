@@ -405,6 +405,23 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None: ...
 POLICY_SUMS: int
 """Numbers in `sums` of `policy_loss`."""
 
+class PolicyMethod:
+    """The settings of a token-local recipe, by the names of csrc/cpu/policy.h."""
+
+    def __init__(
+        self,
+        *,
+        surrogate: str,
+        kl: str,
+        aggregation: str,
+        least: float,
+        most: float,
+        delta: float,
+        beta: float,
+        entropy_coef: float,
+        max_length: float,
+    ) -> None: ...
+
 def policy_loss(
     logprob: Tensor,
     old_logprob: Tensor,
@@ -415,15 +432,7 @@ def policy_loss(
     ref_logprob: Tensor | None,
     entropy: Tensor | None,
     factor: Tensor | None,
-    surrogate: str,
-    kl: str,
-    aggregation: str,
-    least: float,
-    most: float,
-    delta: float,
-    beta: float,
-    entropy_coef: float,
-    max_length: float,
+    method: PolicyMethod,
     num_tokens: float,
     num_sequences: float,
     a: Tensor,
@@ -432,6 +441,32 @@ def policy_loss(
     sums: Tensor,
 ) -> None:
     """Fill a, b, token_loss [N] and sums (float64) from float32 vectors; see csrc/cpu/policy.h."""
+
+def logits_policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float,
+    out: Tensor,
+    state: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    ref_logprob: Tensor | None,
+    factor: Tensor | None,
+    method: PolicyMethod,
+    num_tokens: float,
+    num_sequences: float,
+    a: Tensor,
+    b: Tensor | None,
+    token_loss: Tensor,
+    sums: Tensor,
+) -> None:
+    """Fill `out` [N, V], of the dtype of logits, with the gradient; see
+    csrc/cpu/logits_policy_loss.h."""
 
 LOSS_BLOCK: int
 """Columns that share a reference: see csrc/cpu/loss.h."""
@@ -469,5 +504,8 @@ def logit_gradient(
 ) -> None: ...
 def fill_rows(out: Tensor, values: Tensor) -> None: ...
 def add_to_planes(high: Tensor, low: Tensor, addend: Tensor) -> None: ...
+def take_transposed(to: Tensor, source: Tensor, add: bool) -> None:
+    """Make `to` [R, C] the transpose of `source` [C, R], or the sum of both; float32."""
+
 def round_planes(high: Tensor, low: Tensor) -> None: ...
 def advise_huge_pages(tensor: Tensor) -> None: ...

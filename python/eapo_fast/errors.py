@@ -28,6 +28,10 @@ class ModelError(EapoError, ValueError):
     """A model or tokenizer cannot be used."""
 
 
+class NonFiniteError(EapoError, ValueError):
+    """A loss is no number: logits of a token or other inputs hold a NaN or an infinity."""
+
+
 class ExpertError(EapoError, RuntimeError):
     """An expert failed; inside the consult scheduler this becomes a status, not an exception."""
 

@@ -14,6 +14,7 @@ from eapo_fast.kernels.group_advantages import (
 from eapo_fast.kernels.linear_policy_loss import linear_policy_loss
 from eapo_fast.kernels.linear_token_stats import TokenStats, linear_token_stats
 from eapo_fast.kernels.linear_token_stats.sharded import sharded_token_stats
+from eapo_fast.kernels.logits_policy_loss import logits_policy_loss
 from eapo_fast.kernels.paged_attention import paged_attention
 from eapo_fast.kernels.policy_loss import (
     LossOutput,
@@ -35,6 +36,7 @@ __all__ = [
     "group_statistics",
     "linear_policy_loss",
     "linear_token_stats",
+    "logits_policy_loss",
     "paged_attention",
     "policy_loss",
     "policy_statistics",

@@ -11,10 +11,12 @@ from gpu_runs import run_checks
 CHECKS = [
     "kv_write",
     "linear_loss",
+    "linear_plans",
     "paged_attention",
     "policy_loss",
     "sample",
     "shared_prefix",
+    "truncation",
 ]
 
 

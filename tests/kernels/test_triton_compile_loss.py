@@ -18,7 +18,7 @@ import triton_aot
 from triton_aot import Launch, compiled, recorded
 
 from eapo_fast import ops, recipes
-from eapo_fast.kernels.linear_policy_loss import triton_plan
+from eapo_fast.kernels.linear_policy_loss import triton_plan, triton_slabs
 from eapo_fast.kernels.linear_token_stats import triton_kernel as heads
 from eapo_fast.kernels.linear_token_stats import triton_products as products
 from eapo_fast.kernels.policy_loss import triton_kernel as losses
@@ -43,6 +43,7 @@ def launches_of(
 ) -> list[Launch]:
     """Launches of one loss with gradients."""
     recipe = recipes.get(name).replace(**changes)
+    target = recipe.entropy_target
     batch = ops.PolicyBatch(
         old_logprob=torch.zeros(rows),
         advantages=torch.ones(2),
@@ -51,7 +52,7 @@ def launches_of(
         ref_logprob=torch.zeros(rows) if recipe.beta else None,
     )
     wanted = (True, True, False)
-    with recorded(heads, products, losses) as launches:
+    with recorded(heads, products, losses, triton_slabs) as launches:
         assert batch.mask is not None
         head = heads.TritonHead(
             torch.zeros(rows, 64, dtype=dtype), torch.zeros(vocab, 64, dtype=dtype),
@@ -60,6 +61,7 @@ def launches_of(
             live=products.listed(batch.mask),
         )  # fmt: skip
         head.logprob, head.entropy = torch.zeros(rows), torch.zeros(rows)
+        head.truncation = None if target is None else heads.Cut(target.top_p, target.top_k)
         triton_plan.run(head, batch, recipe, plan, wanted)
     return launches
 
@@ -85,17 +87,33 @@ def test_linear_policy_loss(dtype: torch.dtype, capability: int) -> None:
             assert "wgmma" in found.ptx or "mma.sync.aligned.m16n8k16" in found.ptx
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_third_coefficient(capability: int) -> None:
+    """The search for a border keeps its eight sums in registers."""
+    launches = launches_of("siren", plan="prepass", max_length=100, vocab=151_936)
+    by_variant = {triton_aot.variant(x): x for x in launches if x.name == "run_rows"}
+    assert len(by_variant) == 2
+    for launch in by_variant.values():
+        found = compiled(launch, capability)
+        assert found.stack == 0
+        assert found.registers <= 128
+        assert ".f64" not in found.ptx
+
+
 @pytest.mark.parametrize("name", ["gspo", "gmpo"])
 def test_sequence_level_recipes(name: str) -> None:
-    launches = launches_of(name, plan="prepass")
-    (evaluate,) = (launch for launch in launches if launch.name == "evaluate")
-    found = compiled(evaluate, 90)
-    assert found.stack == 0
-    assert ".f64" not in found.ptx
+    launches = launches_of(name)
+    hot = {x.name: x for x in launches if x.name in ("evaluate", "cut_slabs")}
+    assert len(hot) == 2
+    for launch in hot.values():
+        found = compiled(launch, 90)
+        assert found.stack == 0
+        assert ".f64" not in found.ptx
 
 
-@pytest.mark.parametrize("name", ["eapo", "gspo"])
+@pytest.mark.parametrize("name", ["eapo", "gspo", "kl_cov", "siren"])
 def test_lengths_do_not_recompile(name: str) -> None:
-    want = variants(launches_of(name, rows=24, chunk=16))
+    length = {"max_length": 100} if name == "siren" else {}
+    want = variants(launches_of(name, rows=24, chunk=16, **length))
     for rows in range(25, 75):
-        assert variants(launches_of(name, rows=rows, chunk=16)) <= want
+        assert variants(launches_of(name, rows=rows, chunk=16, **length)) <= want

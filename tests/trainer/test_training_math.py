@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from eapo_fast import EAPOConfig
+from eapo_fast.kernels import checks
 from eapo_fast.rollout import Rollout, Segment
 from eapo_fast.training.attention import PackedRow
 from eapo_fast.training.optimizer import LearningRate
@@ -183,15 +184,22 @@ def test_not_finite_update_leaves_the_weights(
     args = EAPOConfig(bf16=False, learning_rate=1.0)
     updater = Updater(model, args, resolve_recipe(args), LearningRate(1.0, "constant", 0, 1))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    metrics = updater.step(rollouts, [float("nan"), 1.0, 1.0, 1.0], 1)
+    with pytest.warns(RuntimeWarning, match="step 1 changes nothing: the loss is nan, first at"):
+        metrics = updater.step(rollouts, [float("nan"), 1.0, 1.0, 1.0], 1)
     assert metrics["skipped"] == 1.0
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert updater.step(rollouts, ADVANTAGES, 2)["skipped"] == 0.0
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["cpu", "as on a GPU"])
 def test_logits_that_are_not_finite_skip_the_update(
-    make_model: Callable[..., Any], rollouts: list[Rollout]
+    make_model: Callable[..., Any],
+    rollouts: list[Rollout],
+    waits: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """On a GPU the token is named where the step waits for its loss."""
+    monkeypatch.setattr(checks, "may_look", lambda tensor: waits)
     model = make_model(tie_word_embeddings=False)
     args = EAPOConfig(bf16=False, learning_rate=1.0)
     updater = Updater(model, args, resolve_recipe(args), LearningRate(1.0, "constant", 0, 1))
@@ -200,7 +208,7 @@ def test_logits_that_are_not_finite_skip_the_update(
     with torch.no_grad():
         head[7] = torch.nan
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.warns(RuntimeWarning, match="step 1 changes nothing"):
+    with pytest.warns(RuntimeWarning, match=r"step 1 changes nothing: hidden: token \d+"):
         metrics = updater.step(rollouts, ADVANTAGES, 1)
     assert metrics["skipped"] == 1.0
     assert all(torch.equal(p[:7], before[n][:7]) for n, p in model.named_parameters())

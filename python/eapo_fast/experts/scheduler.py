@@ -121,6 +121,13 @@ class ConsultScheduler:
             self._step_end = step, now + allowed
         return min(own, max(now, self._step_end[1]))
 
+    def skip_parts(self, step: int, count: int) -> None:
+        """Count collections of a step that an earlier process made, before the first of this one.
+
+        A recording names each collection by its number, so work that is continued counts on.
+        """
+        self._parts[step] = count
+
     def tape(self, step: int) -> Tape:
         """What the clock decides in a collection of rollouts: recorded, replayed, or neither."""
         self._parts[step] += 1

@@ -20,6 +20,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def may_look(tensor: Tensor) -> bool:
+    """Return whether values of a tensor can be had without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def check_tensor(
     name: str,
     tensor: Tensor,

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from eapo_fast import ops
 from eapo_fast.config import EAPOConfig
-from eapo_fast.kernels.linear_token_stats import NonFiniteError
+from eapo_fast.errors import NonFiniteError
 from eapo_fast.recipes import Recipe
 from eapo_fast.rollout import Rollout
 from eapo_fast.training.optimizer import LearningRate, build_optimizer
@@ -104,16 +105,22 @@ class Updater:
         num_tokens = sum(r.num_policy_tokens for r in rollouts)
         num_sequences = sum(r.num_policy_tokens > 0 for r in rollouts)
         parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+        outputs: list[ops.LossOutput] = []
         batches = with_token_advantages(self._micro_batches(rollouts, advantages), self.recipe)
         stats = self.statistics.of_batch(batches, rollouts, step)
         for batch, own in zip(batches, stats, strict=True):
             with self.policy.attention(batch.row):  # type: ignore[attr-defined]
                 output = self._loss(batch, own, num_tokens, num_sequences)
                 output.loss.backward()
+            outputs.append(replace(output, loss=output.loss.detach()))
             parts["loss"].append(output.loss.detach())
             for name, value in output.metrics.items():
                 parts[_TRL_NAMES.get(name, name)].append(value)
-        return {name: _combined(name, values) for name, values in parts.items()}
+        found = {name: _combined(name, values) for name, values in parts.items()}
+        if not math.isfinite(found["loss"]):
+            for output in outputs:
+                output.check()
+        return found
 
     def _micro_batches(
         self, rollouts: Sequence[Rollout], advantages: Sequence[float]

@@ -1,0 +1,82 @@
+"""The loss of a policy-optimization step from given logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from eapo_fast.kernels.backend import choose_backend
+from eapo_fast.kernels.checks import FLOATS, INTEGERS, check_tensor
+from eapo_fast.kernels.logits_policy_loss import cpu, reference
+from eapo_fast.kernels.policy_loss.batch import (
+    LossOutput,
+    PolicyBatch,
+    check_batch,
+    check_constants,
+)
+from eapo_fast.recipes import Recipe
+
+__all__ = ["logits_policy_loss"]
+
+
+def logits_policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    batch: PolicyBatch,
+    recipe: Recipe,
+    *,
+    temperature: float = 1.0,
+    in_place: bool = False,
+    backend: str = "auto",
+) -> LossOutput:
+    """Return `policy_loss` of the tokens `targets` under `logits`, differentiable in them.
+
+    For models whose logits exist anyway; where the LM head is at hand, `linear_policy_loss` needs
+    no room for them. Rows whose mask is 0 may hold anything and get gradient 0.
+
+    Args:
+        logits: [N, V] that predict `targets`; float32, float64, bfloat16 or float16. The
+            distribution is softmax(logits / temperature); -inf bans a token.
+        targets: [N] token ids.
+        batch: what the policy loss needs, N rows of S sequences; see `PolicyBatch`.
+        recipe: what to compute; see `Recipe`.
+        temperature: above 0.
+        in_place: whether backend "cpu" may overwrite `logits` with their gradient, which saves
+            their size in memory; nothing else may read them afterwards (autograd notices who does).
+        backend: "cpu" (float32 and bfloat16: one pass over memory for recipes that look at single
+            tokens, two for others) or "reference". "auto": "cpu" where it can.
+
+    Raises `ValueError` for arguments that do not fit and for a backend that cannot run here;
+    `NonFiniteError`, on a CPU, for a token whose logits hold a NaN, an infinity, or -inf alone.
+    """
+    check_tensor("logits", logits, ["N", "V"], FLOATS)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe: got {recipe!r}, a Recipe is needed; see recipes.get(name)")
+    rows, vocab = logits.shape
+    check_tensor("targets", targets, [rows], INTEGERS, logits.device)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: got {temperature!r}, allowed is a finite number above 0")
+    check_constants(batch)
+    refusals = {"cpu": cpu.refusal}
+    chosen = choose_backend("logits_policy_loss", backend, refusals, logits, recipe)
+    if not torch.compiler.is_compiling():
+        check_batch(batch, recipe, rows, logits.device)
+        if logits.device.type == "cpu":
+            _check_targets(targets, batch.mask, vocab)
+    if chosen == "cpu":
+        return cpu.logits_policy_loss(logits, targets, batch, recipe, temperature, in_place)
+    return reference.logits_policy_loss(logits, targets, batch, recipe, temperature)
+
+
+def _check_targets(targets: Tensor, mask: Tensor | None, vocab: int) -> None:
+    wrong = (targets < 0) | (targets >= vocab)
+    if mask is not None:
+        wrong &= mask != 0
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets: entry {at} is {int(targets[at])}, allowed is 0 to {vocab - 1}, the columns "
+            "of logits"
+        )
