@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 
 from eapo_fast.experts.base import (
@@ -248,13 +249,16 @@ class Board:
             self.changed.notify_all()
 
     def _record(self, consult: Consult, reply: ExpertReply) -> None:
+        if self.kept is not None and reply.status in ACCEPTED:
+            self._write("kept", partial(self.kept.put, consult.key, consult.request, reply))
+        if self.recorder is not None and reply.status not in ("declined", "cancelled"):
+            self._write("recorded", partial(self.recorder.write, consult.request, reply))
+
+    def _write(self, what: str, write: Callable[[], None]) -> None:
         try:
-            if self.kept is not None and reply.status in ACCEPTED:
-                self.kept.put(consult.key, consult.request, reply)
-            if self.recorder is not None and reply.status not in ("declined", "cancelled"):
-                self.recorder.write(consult.request, reply)
+            write()
         except (OSError, TypeError, ValueError) as error:
-            self._warn_once("record", f"a consult could not be recorded: {error}")
+            self._warn_once(what, f"a consult could not be {what}: {error}")
 
     def _cannot_store(self, error: Exception) -> None:
         self._warn_once("cache", f"a reply could not be cached: {error}")
