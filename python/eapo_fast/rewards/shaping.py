@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from eapo_fast.errors import ConfigError, DataError
-from eapo_fast.rewards.compare import normal_text
 from eapo_fast.rewards.extract import boxed, extract_gold
 from eapo_fast.rewards.functions import (
     WELL_FORMED,
@@ -19,6 +18,7 @@ from eapo_fast.rewards.functions import (
     is_well_formed,
     policy_texts,
 )
+from eapo_fast.rewards.texts import normal_text
 
 RewardFunction = Callable[..., Rewards]
 Counted = Literal["accepted", "asked"]

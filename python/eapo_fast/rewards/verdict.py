@@ -20,6 +20,7 @@ SymbolicMethod: TypeAlias = Callable[[Node, Node, Arena], Outcome]
 Status = Literal["correct", "incorrect", "undecided"]
 _SPACES = re.compile(r"\s+")
 _DECIMAL = re.compile(r"([-+]?)([0-9]+)(?:\.([0-9]*))?")
+_TEXT = re.compile(r"\\(?:text|textbf|textrm|mbox)\{([^{}]*)\}")
 _SHORT_NUMBER = 100
 _LIST = re.compile(r",|;|\b(?:and|or)\b")
 
@@ -96,6 +97,8 @@ def compare_texts(answer: str, reference: str, symbolic: SymbolicMethod | None =
     if None not in numbers:
         same = numbers[0] == numbers[1]
         return Outcome(same, "equal values" if same else "different values")
+    if "\\text" in answer + reference and _without_text(texts[0]) == _without_text(texts[1]):
+        return Outcome(True, "the same words")
     trees = []
     for side, text in (("prediction", answer), ("reference", reference)):
         try:
@@ -164,6 +167,10 @@ def _plain_number(text: str) -> tuple[str, str, str] | None:
     sign, whole, part = found.groups()
     whole, part = whole.lstrip("0"), (part or "").rstrip("0")
     return "-" if sign == "-" and (whole or part) else "", whole, part
+
+
+def _without_text(text: str) -> str:
+    return _SPACES.sub(" ", _TEXT.sub(r"\1", text)).strip()
 
 
 def _spaced(text: str) -> str:
