@@ -39,7 +39,7 @@ _CHOICE = re.compile(
     r"|\(?([A-J])\)[.:]?|([A-J])[.:](?=\s))(?:\\[,;: ]|\\quad|[\s:~])+"
     r"|\\(?:text|textbf)\{\(([A-J])\)[.:]?\s*\})(?=\S)"
 )
-_CHOICE_IN_TEXT = re.compile(r"\s*\\text(?:bf|rm)?\{\s*\(([A-J])\)[.:]?\s+([^{}]*)\}\s*")
+_CHOICE_IN_TEXT = re.compile(r"\s*\\text(?:bf|rm)?\{\s*\(([A-J])\)[.:]?\s([^{}]*)\}\s*")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:equation|align|aligned|gather|split|cases)\*?\}")
 _DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))\s*(?:\\?%)?\s*\$?\s*")
 _AMBIGUOUS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
