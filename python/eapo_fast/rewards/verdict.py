@@ -48,7 +48,8 @@ def verify(prediction: str, gold: str, *, extract: str = "auto") -> Verdict:
     """Compare the final answer of a text with the reference.
 
     Nothing is evaluated as code, and the work is bounded by steps: the verdict is a pure function
-    of its arguments, whatever the load. Numbers are exact rationals, there is no rounding.
+    of its arguments, whatever the load. Numbers are exact rationals, there is no rounding. Where
+    the caller has left no stack or memory the verdict is `undecided`.
 
     Args:
         prediction: A completion, or an answer alone.
@@ -59,6 +60,14 @@ def verify(prediction: str, gold: str, *, extract: str = "auto") -> Verdict:
     Raises:
         ConfigError: Unknown `extract`.
     """
+    try:
+        return _verified(prediction, gold, extract)
+    except (RecursionError, MemoryError) as error:
+        reason = f"no stack or memory left ({type(error).__name__})"
+        return Verdict(status="undecided", reason=reason, prediction=None, gold=None)
+
+
+def _verified(prediction: str, gold: str, extract: str) -> Verdict:
     answer, reference = extract_answer(prediction, extract), extract_gold(gold)
     outcome = _judge(answer, reference)
     if not outcome.equal:
