@@ -30,7 +30,8 @@ def overlong(max_length: int = 20480, buffer: int = 4096, *, factor: float = 1.0
     """Make DAPO's soft overlong punishment (arXiv 2503.14476, section 3.4).
 
     `min(-(length - (max_length - buffer)) / buffer * factor, 0)` per completion, where `length` is
-    the number of policy tokens: 0 up to `max_length - buffer`, then linearly down to `-factor`.
+    the number of policy tokens: 0 up to `max_length - buffer`, then linearly down to `-factor` at
+    `max_length`. Beyond it the line goes on (as in DAPO's code; the paper stays at -1).
 
     Args:
         max_length: L_max in tokens, usually `max_completion_length`.
