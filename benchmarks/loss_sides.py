@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eapo_fast import ops, recipes
+from eapo_fast import _core, ops, recipes
 from eapo_fast.kernels.linear_token_stats import cpu as cpu_head
 from eapo_fast.kernels.linear_token_stats.coefficients import spans
 from eapo_fast.kernels.linear_token_stats.products import products_for
@@ -129,7 +129,9 @@ def _bare_cpu(case: Case) -> None:
             products.to_hidden(z, weight[columns])
             out = None if first else total[columns]
             part = products.to_weight(z, x, out)
-            if first:
+            if not part.is_contiguous():
+                _core.take_transposed(total[columns], part.T, add=first > 0)
+            elif first:
                 total[columns] += part
 
 

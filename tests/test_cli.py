@@ -223,6 +223,18 @@ def test_eval_builds_the_expert_that_was_named(module, words, settings):
     assert _expert(cli._parser().parse_args(line)) == settings
 
 
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [("openai", "--expert-url"), ("local", "--expert-model"), ("recorded", "--expert-replay")],
+)
+def test_what_an_expert_lacks_is_named_as_the_option(kind, option):
+    from eapo_fast.cli_evaluation import _expert
+
+    line = ["eval", "--model", "m", "--data", "d", "--assisted", "--expert", kind]
+    with pytest.raises(ConfigError, match=option):
+        _expert(cli._parser().parse_args(line))
+
+
 def test_table_and_distill_hand_their_options_on(module, tmp_path, capsys):
     seen = []
 

@@ -170,6 +170,17 @@ void round_planes(py::handle high_, py::handle low_) {
   cpu::round_planes(upper, lower, count);
 }
 
+void take_transposed(py::handle to_, py::handle source_, bool add) {
+  const TensorView to(to_, "to"), source(source_, "source");
+  to.expect<float>().expect_shape({kAny, kAny}).expect_contiguous();
+  const int64_t rows = to.size(0), width = to.size(1);
+  source.expect<float>().expect_shape({width, rows}).expect_contiguous();
+  auto* target = to.as<float>();
+  const auto* values = source.as<float>();
+  const py::gil_scoped_release unlocked;
+  cpu::take_transposed(target, values, rows, width, add);
+}
+
 void advise_huge_pages(py::handle tensor_) {
   const TensorView tensor(tensor_, "tensor");
   cpu::advise_huge_pages(tensor.expect_contiguous().data(), tensor.numel() * tensor.element_bytes());
@@ -190,6 +201,7 @@ void bind_loss(py::module_& m) {
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("tensor"));
   m.def("fill_rows", &fill_rows, py::arg("out"), py::arg("values"));
   m.def("add_to_planes", &add_to_planes, py::arg("high"), py::arg("low"), py::arg("addend"));
+  m.def("take_transposed", &take_transposed, py::arg("to"), py::arg("source"), py::arg("add"));
   m.def("round_planes", &round_planes, py::arg("high"), py::arg("low"));
 }
 

@@ -81,12 +81,13 @@ struct LossTable {
   decltype(&eapo::cpu::fill_rows) fill_rows;
   decltype(&eapo::cpu::add_to_planes) add_to_planes;
   decltype(&eapo::cpu::round_planes) round_planes;
+  decltype(&eapo::cpu::take_transposed) take_transposed;
 };
 
 #define EAPO_LOSS_TABLE(isa)                                                          \
   {                                                                                   \
     #isa, isa::absorb_logits, isa::logit_gradient, isa::absorb_any, isa::gradient_any, \
-        isa::fill_rows, isa::add_to_planes, isa::round_planes                         \
+        isa::fill_rows, isa::add_to_planes, isa::round_planes, isa::take_transposed   \
   }
 
 constexpr LossTable kTables[] = {
@@ -130,6 +131,10 @@ void add_to_planes(uint16_t* high, uint16_t* low, const uint16_t* addend, int64_
 
 void round_planes(uint16_t* high, const uint16_t* low, int64_t count) {
   table().round_planes(high, low, count);
+}
+
+void take_transposed(float* to, const float* from, int64_t rows, int64_t width, bool add) {
+  table().take_transposed(to, from, rows, width, add);
 }
 
 }  // namespace eapo::cpu

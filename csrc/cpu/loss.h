@@ -84,6 +84,9 @@ void fill_rows(uint16_t* out, const float* values, int64_t rows, int64_t width);
 // Adds bfloat16 numbers to it; the result is the float32 sum, bit for bit.
 void add_to_planes(uint16_t* high, uint16_t* low, const uint16_t* addend, int64_t count);
 
+// to [rows, width] = from [width, rows] transposed, or the sum of both; contiguous.
+void take_transposed(float* to, const float* from, int64_t rows, int64_t width, bool add);
+
 // Rounds the sum to bfloat16, in `high`.
 void round_planes(uint16_t* high, const uint16_t* low, int64_t count);
 

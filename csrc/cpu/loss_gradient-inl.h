@@ -127,3 +127,32 @@ inline void round_planes(uint16_t* high, const uint16_t* low, int64_t count) {
     }
   });
 }
+
+// One block of kLanes x kLanes: to[r][c] = from[c][r], or the sum of both.
+EAPO_INLINE void transposed_block(float* to, int64_t to_stride, const float* from,
+                                  int64_t from_stride, bool add) {
+  F rows[kLanes];
+  unrolled<kLanes>([&](auto i) { rows[i] = load(from + i * from_stride); });
+  transpose(rows);
+  unrolled<kLanes>([&](auto i) {
+    float* p = to + i * to_stride;
+    store(p, add ? load(p) + rows[i] : rows[i]);
+  });
+}
+
+inline void take_transposed(float* to, const float* from, int64_t rows, int64_t width, bool add) {
+  const auto edge = [&](int64_t r, int64_t last_row, int64_t c, int64_t last_column) {
+    for (; r < last_row; ++r)
+      for (int64_t at = c; at < last_column; ++at)
+        to[r * width + at] = from[at * rows + r] + (add ? to[r * width + at] : 0.0f);
+  };
+  const int64_t whole = width / kLanes * kLanes, blocks = (rows + kLanes - 1) / kLanes;
+  parallel_for(blocks, 4, [&](int64_t first, int64_t last) {
+    for (int64_t r = first * kLanes; r < std::min(last * kLanes, rows); r += kLanes) {
+      if (r + kLanes > rows) return edge(r, rows, 0, width);
+      for (int64_t c = 0; c < whole; c += kLanes)
+        transposed_block(to + r * width + c, width, from + c * rows + r, rows, add);
+      edge(r, r + kLanes, whole, width);
+    }
+  });
+}

@@ -97,7 +97,9 @@ class WeightGradient:
     def add(self, part: Tensor, rows: slice) -> None:
         """Add `part` to some rows, unless it has been written there."""
         total = self.total[rows]
-        if self.blank:
+        if total.dtype == torch.float32 and part.T.is_contiguous() and not part.is_contiguous():
+            _core.take_transposed(total, part.T, add=not self.blank)
+        elif self.blank:
             if part.data_ptr() != total.data_ptr():
                 total.copy_(part)
         elif total.dtype == torch.float32:

@@ -53,7 +53,7 @@ class Products(Protocol):
         """Return dz @ weight [R, H]."""
 
     def to_weight(self, dz: Tensor, hidden: Tensor, out: Tensor | None) -> Tensor:
-        """Return dz.T @ hidden [W, H], in `out` or new."""
+        """Return dz.T @ hidden [W, H], in `out` or new; that may be a transposed view."""
 
 
 class Float32Products:
@@ -81,7 +81,10 @@ class Float32Products:
         return _linear(dz, weight.float().T)
 
     def to_weight(self, dz: Tensor, hidden: Tensor, out: Tensor | None) -> Tensor:
-        return _linear(dz.T, hidden.float().T, out)
+        """Return the view of a product whose large factor is read as it lies in memory."""
+        if not _has_onednn():
+            return torch.mm(dz.T, hidden.float(), out=out)
+        return _linear(hidden.float().T, dz.T).T
 
 
 class BFloat16Products:

@@ -270,6 +270,23 @@ def test_recorded_replies_give_the_same_evaluation(
     assert again["results"]["consults"]["accepted_per_sample"] > 0
 
 
+def test_a_recording_that_went_on_after_an_interruption_is_replayed(
+    policy: str, problems: Path, tmp_path: Path, quick: Quick
+) -> None:
+    options: dict[str, Any] = {"expert": Calculator(), "expert_record": tmp_path / "consults.jsonl"}
+    with pytest.raises(Stopped):
+        evaluate_model(policy, problems, tmp_path / "a", quick(), progress=stop_after(6), **options)
+    first = evaluate_model(policy, problems, tmp_path / "a", quick(), **options)
+    recorded = Recorded(tmp_path / "consults.jsonl")
+    with pytest.raises(Stopped):
+        evaluate_model(
+            policy, problems, tmp_path / "b", quick(), expert=recorded, progress=stop_after(3)
+        )
+    again = evaluate_model(policy, problems, tmp_path / "b", quick(), expert=recorded)
+    assert again["results"] == first["results"]
+    assert again["results"]["consults"]["accepted_per_sample"] > 0
+
+
 def test_an_expert_that_cannot_be_reached_ends_it_before_sampling(
     policy: str, problems: Path, tmp_path: Path, quick: Quick
 ) -> None:
@@ -320,6 +337,10 @@ def test_tables_pair_evaluations_by_problem(
     evaluate_model(policy, problems, out[2], quick(n=2, limit=4))
     with pytest.raises(ConfigError, match="cannot be compared: other problems, n 4 and 2"):
         write_table([out[0], out[2]], tmp_path / "table")
+    lines = (out[1] / PROBLEMS).read_bytes()
+    (out[1] / PROBLEMS).write_bytes(lines[: lines.index(b"\n") + 1])
+    with pytest.raises(DataError, match=r"got 1 problems, evaluation\.json has 10"):
+        write_table(out[:2], tmp_path / "table")
     shutil.rmtree(out[1])
     with pytest.raises(ConfigError, match="holds no evaluation"):
         write_table(out[:2], tmp_path / "table")

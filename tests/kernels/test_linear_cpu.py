@@ -319,3 +319,13 @@ def test_other_dtypes_take_the_reference() -> None:
         with pytest.raises(ValueError, match="cannot run on 'cpu' here: it stores float32 or"):
             ops.linear_token_stats(*inputs, backend="cpu")
         assert ops.linear_token_stats(*inputs).logprob.isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (16, 16), (17, 33), (100, 7), (129, 65)])
+def test_sums_of_transposed_products(isa: str, rows: int, width: int) -> None:
+    total, part = torch.randn(rows, width), torch.randn(width, rows)
+    kept = total.clone()
+    _core.take_transposed(total, part, add=True)
+    assert torch.equal(total, kept + part.T)
+    _core.take_transposed(total, part, add=False)
+    assert torch.equal(total, part.T)

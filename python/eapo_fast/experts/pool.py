@@ -40,11 +40,13 @@ class Pool:
     """
 
     def __init__(self, experts: Sequence[Expert] | Mapping[str, Expert]) -> None:
+        if not isinstance(experts, Mapping | Sequence):
+            raise ConfigError(f"Pool got {experts!r}; give a list or a mapping of experts.")
         named = experts if isinstance(experts, Mapping) else dict(enumerate(experts))
         if not named:
             raise ConfigError("Pool is empty; give at least one expert.")
         for name, expert in named.items():
-            if not callable(getattr(expert, "answer", None)):
+            if isinstance(expert, type) or not callable(getattr(expert, "answer", None)):
                 raise ConfigError(f"Pool member {name} is {type(expert).__name__}, no expert.")
         self._members = [_Member(str(name), expert) for name, expert in named.items()]
         self.max_batch_size = min(int(m.expert.max_batch_size) for m in self._members)

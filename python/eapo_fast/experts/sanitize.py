@@ -32,6 +32,11 @@ def clean_text(text: str, max_chars: int | None = None) -> tuple[str, bool]:
     return text, cut
 
 
+def without_hidden(text: str) -> str:
+    """`text` without the characters that `clean_text` removes."""
+    return _HIDDEN.sub("", text)
+
+
 def escape_tags(text: str, tags: Iterable[str], replacement: str = OPENING) -> str:
     """Make every tag in `text` unreadable as a tag, whatever its letter case.
 

@@ -21,7 +21,8 @@ from eapo_fast.rewards.tree import (
 )
 from eapo_fast.rewards.units import PERCENT, UNIT_LETTERS, canonical_unit, is_known
 
-_NO_FACTORS = frozenset(("setminus", "rfloor", "rceil"))
+_LETTERS = ("symbol", "word")
+_NO_FACTORS = frozenset(("choose", "rfloor", "rceil"))
 
 
 class Arithmetic(Primaries):
@@ -97,11 +98,19 @@ class Arithmetic(Primaries):
         return kind in ("number", "command", "begin") and text not in _NO_FACTORS
 
     def unit_ends(self) -> bool:
-        """Tell whether the answer ends behind a unit letter, or behind `m/s`."""
-        behind = self.peek()
-        if behind[:2] == ("mark", "/"):
-            return self.peek(2).kind in ("symbol", "word") and self.peek(3).kind == "end"
-        return behind.kind == "end"
+        """Tell whether the answer ends behind a unit letter, or behind `m^2` or `m/s^2`."""
+        ahead = self.power_end(1)
+        if self.peek(ahead)[:2] == ("mark", "/") and self.peek(ahead + 1).kind in _LETTERS:
+            ahead = self.power_end(ahead + 2)
+        return self.peek(ahead).kind == "end"
+
+    def power_end(self, ahead: int) -> int:
+        """Return how far ahead it goes on behind a `^2` or `^{2}`, if that stands there."""
+        if self.peek(ahead)[:2] != ("mark", "^"):
+            return ahead
+        if self.peek(ahead + 1).text == "{":
+            return ahead + 4 if self.peek(ahead + 3).text == "}" else ahead
+        return ahead + 2
 
     @nested
     def power(self) -> Node:
@@ -140,6 +149,8 @@ class Arithmetic(Primaries):
         for _ in range(2):
             if self.accept("!"):
                 node = Call("factorial", (node,))
+            elif self.accept("!!"):
+                node = Call("double factorial", (node,))
             elif self.accept("%"):
                 node = Percent(node)
             elif self.accept("deg"):

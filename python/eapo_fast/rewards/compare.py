@@ -7,11 +7,13 @@ import string
 from collections.abc import Sequence
 from fractions import Fraction
 
+from eapo_fast.rewards.number_sets import number_set
 from eapo_fast.rewards.readings import FLIPPED, assigned, plain
 from eapo_fast.rewards.scalars import Arena, Outcome, compare_scalars, proportional
 from eapo_fast.rewards.tree import (
     COLLECTIONS,
     Bracketed,
+    Combined,
     Constant,
     Listing,
     Matrix,
@@ -33,7 +35,19 @@ from eapo_fast.rewards.tree import (
 )
 from eapo_fast.rewards.units import dimension, is_known
 
-_EMPTY = frozenset(("no solution", "no solutions", "empty set", "empty"))
+_EMPTY = frozenset(
+    ("no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set",
+     "empty")
+)  # fmt: skip
+_JOINED = (Union, Combined)
+_MAY_BE_SETS = (Union, Combined, Bracketed, SetOf, Relation)
+_WORDS = {
+    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7,
+    "eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14,
+    "fifteen": 15, "sixteen": 16, "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20,
+}  # fmt: skip
+_NUMBER_WORDS = {word: Number(Fraction(value)) for word, value in _WORDS.items()}
+_LABELS = re.compile(r"(?:option|choice|answer) (?=[a-j]$)")
 _ZERO = Number(Fraction(0))
 _ARTICLES = re.compile(r"\b(?:the|a|an)\b")
 
@@ -118,11 +132,16 @@ def _compare_texts(a: Node, b: Node, arena: Arena) -> Outcome:
         words = normal_text(a.text), normal_text(b.text)
         letters = [sorted(node.text) for node in (a, b) if _is_letters(node)]
         same = words[0] == words[1] or (len(letters) == 2 and letters[0] == letters[1])
+        same = same or _EMPTY.issuperset(words)
         return Outcome(same, "the same words" if same else "different words")
     text, other = (a, b) if isinstance(a, Text) else (b, a)
     assert isinstance(text, Text)
+    value = _NUMBER_WORDS.get(normal_text(text.text))
+    if value is not None and isinstance(other, Number):
+        return compare(value, other, arena)
     if isinstance(other, (Symbol, Constant)):
-        same = normal_text(text.text) == other.name.lower()
+        words = _LABELS.sub("", text.text.strip().lower())
+        same = other.name.lower() in (words, normal_text(text.text))
         return Outcome(same, "the same choice" if same else "a text against a symbol")
     if isinstance(other, SetOf) and not other.items:
         same = normal_text(text.text) in _EMPTY
@@ -149,6 +168,23 @@ def normal_text(text: str) -> str:
 
 
 def _compare_collections(a: Node, b: Node, arena: Arena) -> Outcome:
+    if isinstance(a, _JOINED) or isinstance(b, _JOINED):
+        return _compare_number_sets(a, b, arena)
+    return _compare_members(a, b, arena)
+
+
+def _compare_number_sets(a: Node, b: Node, arena: Arena) -> Outcome:
+    if not (isinstance(a, _MAY_BE_SETS) and isinstance(b, _MAY_BE_SETS)):
+        return Outcome(False, f"{_kind(a)} against {_kind(b)}")
+    left, right = number_set(a, arena.meter), number_set(b, arena.meter)
+    if left is not None and right is not None:
+        same = left == right
+        return Outcome(same, "the same set of numbers" if same else "different sets of numbers")
+    outcome = _compare_members(a, b, arena)
+    return outcome if outcome.equal else Outcome(None, "sets of numbers", open=True)
+
+
+def _compare_members(a: Node, b: Node, arena: Arena) -> Outcome:
     pair = _aligned(a, b) or _aligned(b, a)
     if pair is None and any(
         isinstance(part, COLLECTIONS)
@@ -162,11 +198,11 @@ def _compare_collections(a: Node, b: Node, arena: Arena) -> Outcome:
     kind, left, right = pair
     if kind == "ratio":
         return _compare_ratios(left, right, arena)
-    if len(left) != len(right) and kind != "set":
+    if len(left) != len(right) and kind not in ("set", "members"):
         return Outcome(False, f"{len(left)} elements against {len(right)}")
     if kind == "ordered":
         return _all(compare(x, y, arena) for x, y in zip(left, right, strict=True))
-    return _same_members(left, right, arena)
+    return _same_members(left, right, arena, repeated=kind == "set")
 
 
 _Aligned = tuple[str, Sequence[Node], Sequence[Node]]
@@ -184,16 +220,26 @@ def _aligned(a: Node, b: Node) -> _Aligned | None:
                 return None
             return "ordered", children(a), children(b)
         case Matrix(rows), Bracketed("(" | "[", ")" | "]", items):
-            flat = len(rows) == 1 or len(rows[0]) == 1
-            return ("ordered", children(a), items) if flat else None
-        case (SetOf(left), SetOf(right)) | (SetOf(left), Listing(right)):
+            if len(rows) == 1 or len(rows[0]) == 1:
+                return "ordered", children(a), items
+            nested = all(isinstance(item, Bracketed) for item in items)
+            return (
+                ("ordered", tuple(Bracketed("[", "]", row) for row in rows), items)
+                if nested
+                else None
+            )
+        case SetOf(left), SetOf(right):
             return "set", left, right
+        case SetOf(left), Listing(right):
+            return "members", left, right
         case Listing(left), Listing(right):
             return "list", _distinct(left), _distinct(right)
         case Listing(left), Bracketed(("(" | "["), (")" | "]"), right):
             return "ordered", left, right
         case Union(left), Union(right):
-            return "set", left, right
+            return "members", left, right
+        case Combined(), Combined() if a.operation == b.operation:
+            return "ordered", children(a), children(b)
         case Ratio(left), Ratio(right):
             return "ratio", left, right
         case Ratio((top, bottom)), _ if not isinstance(b, COLLECTIONS):
@@ -226,13 +272,21 @@ def _all(outcomes: object) -> Outcome:
     return doubt or Outcome(True, "equal element by element")
 
 
-def _same_members(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> Outcome:
-    """Match without order: every element must have an equal one on the other side."""
-    table = [[compare(item, other, arena) for other in right] for item in left]
+def _same_members(
+    left: Sequence[Node], right: Sequence[Node], arena: Arena, *, repeated: bool
+) -> Outcome:
+    """Match without order: every element must have an equal one on the other side.
+
+    With `repeated` one element may have several equals, as in a set that is written with
+    repetitions.
+    """
+    table = [[_compare_members_of(item, other, arena) for other in right] for item in left]
     columns = [[row[index] for row in table] for index in range(len(right))]
     for line in (*table, *columns):
         if all(outcome.equal is False for outcome in line):
             return Outcome(False, "an element has no equal")
+    if repeated and all(any(outcome.equal for outcome in line) for line in (*table, *columns)):
+        return Outcome(True, "the same elements")
     unmatched = set(range(len(right)))
     for row in table:
         hit = next((i for i in sorted(unmatched) if row[i].equal), None)
@@ -243,11 +297,18 @@ def _same_members(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> 
     return Outcome(not unmatched, "other elements" if unmatched else "the same elements")
 
 
+def _compare_members_of(item: Node, other: Node, arena: Arena) -> Outcome:
+    if isinstance(item, SetOf) != isinstance(other, SetOf):
+        return Outcome(False, "a set against a member")
+    return compare(item, other, arena)
+
+
 def _compare_ratios(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> Outcome:
     if len(left) != len(right):
         return Outcome(False, f"{len(left)} parts against {len(right)}")
     same = _all(compare(x, y, arena) for x, y in zip(left, right, strict=True))
-    if same.equal or any(node == _ZERO for node in (*left, *right)):
+    parts = (*left, *right)
+    if same.equal or any(node == _ZERO or isinstance(node, Quantity) for node in parts):
         return same
     proportions = _all(
         compare(Product((left[0], right[i])), Product((right[0], left[i])), arena)
@@ -272,6 +333,8 @@ def _is_time(parts: Sequence[Node]) -> bool:
 
 def _compare_values(a: Node, b: Node, arena: Arena) -> Outcome:
     if isinstance(a, Quantity) and isinstance(b, Quantity):
+        if {a.unit, b.unit} == {"degree", "rad"}:
+            return compare(_radians(a), _radians(b), arena)
         outcome = compare(a.operand, b.operand, arena)
         if a.unit == b.unit or not (is_known(a.unit) and is_known(b.unit)):
             return outcome
@@ -286,10 +349,20 @@ def _compare_values(a: Node, b: Node, arena: Arena) -> Outcome:
     return outcome
 
 
+def _radians(angle: Quantity) -> Node:
+    """Return the measure of an angle in radians."""
+    if angle.unit != "degree":
+        return angle.operand
+    return Product((angle.operand, Constant("pi"), Number(Fraction(1, 180))))
+
+
 def _compare_unit_on_one_side(a: Node, b: Node, arena: Arena) -> Outcome:
     quantity, other = (a, b) if isinstance(a, Quantity) else (b, a)
     assert isinstance(quantity, Quantity)
     outcome = compare(quantity.operand, other, arena)
+    if quantity.unit == "degree" and not outcome.equal:
+        in_radians = compare(_radians(quantity), other, arena)
+        return in_radians if in_radians.equal else outcome
     if outcome.equal or len(quantity.unit) != 1:
         return outcome
     return compare(Product((quantity.operand, Symbol(quantity.unit))), other, arena)
@@ -299,5 +372,6 @@ def _bare_digits(numeral: Node, other: Node) -> bool:
     return (
         isinstance(numeral, Numeral)
         and isinstance(other, Number)
+        and numeral.digits.isdigit()
         and other.value == Fraction(int(numeral.digits))
     )

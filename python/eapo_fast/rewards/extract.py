@@ -21,7 +21,9 @@ _TAIL = 4096
 _LONG_GOLD = 200
 """Characters beyond which a reference is a worked solution."""
 _MARK = re.compile(r"####[ \t]*([^\n]*)")
-_ANSWER_IS = re.compile(r"\banswer\b[ \t*_]*(?:is|are|:|=)[ \t:*_]*(?=\S)", re.IGNORECASE)
+_ANSWER_IS = re.compile(
+    r"\b(?:answers?|ans)\b[ \t*_]*(?:(?:is|are)\b|:|=)[ \t:*_]*(?:\n\s{0,16})?(?=\S)", re.IGNORECASE
+)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
 _MATH = re.compile(r"\$\$([^$]+)\$\$|\$((?:[^$\\]|\\.)+)\$|\\\(([^$]+?)\\\)|\\\[([^$]+?)\\\]")
 _LAST_NUMBER = re.compile(

@@ -41,7 +41,7 @@ _GREEK = _names(
 )
 _DROPPED = _names(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
-    "textstyle scriptstyle limits angle triangle overline vec overrightarrow hat widehat quad "
+    "textstyle scriptstyle limits angle triangle vec overrightarrow hat widehat quad "
     "qquad boxed fbox thinspace hfill nonumber "
     ", ; : ! ( ) [ ] $ > - / &"
 ) | {" ", "\n", "\t"}
@@ -52,13 +52,14 @@ _MARKS = {
     "%": "%", "{": "\\{", "}": "\\}", "lbrace": "\\{", "rbrace": "\\}", "langle": "(",
     "rangle": ")", "lvert": "|", "rvert": "|", "vert": "|", "colon": ":", "approx": "approx",
     "\\": "\\\\", "_": "_", "land": "and", "lor": "or", "lbrack": "[", "rbrack": "]",
-    "to": "to", "rightarrow": "to",
+    "to": "to", "rightarrow": "to", "mid": "|", "prime": "'", "setminus": "setminus",
+    "backslash": "setminus", "cap": "cap",
 }  # fmt: skip
 _COMMANDS = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "infty": "inf", "infinity": "inf",
     "oo": "inf", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "varnothing": "emptyset",
     "tg": "tan", "ctg": "cot", "cosec": "csc", "dbinom": "binom", "tbinom": "binom",
-    "dots": "ldots", "cdots": "ldots",
+    "dots": "ldots", "cdots": "ldots", "bar": "overline",
 }  # fmt: skip
 _WORD_COMMANDS = (
     FUNCTIONS | _GREEK | {"pi", "inf", "infty", "infinity", "oo", "asin", "acos", "atan"}
@@ -74,13 +75,19 @@ _DIGITS = r"(?:\d+\.\d*|\.\d+|\d+)"
 _NUMBER = re.compile(rf"(?:{_GROUPED}(?:\.\d+)?|{_DIGITS}(?:[eE][+-]?\d{{1,6}}(?![\w.]))?)")
 _LOOSE_NUMBER = re.compile(rf"(?:{_GROUPED}|{_THOUSANDS})(?:\.\d+)?")
 _REPEATING = re.compile(
-    r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*\{(\d{1,40})\}|\\dot\s*(?:\{(\d)\}|(\d)))"
+    r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*\{(\d{1,40})\}|\\dot\s*(?:\{(\d)\}|(\d))"
+    r"|\((\d{1,40})\)(?![\w(^!.]))"
 )
+_NUMERAL = re.compile(
+    r"(?:(?=[A-Z]*\d)[0-9A-Z]{1,64}(?=_\{?(?:1[1-9]|2\d|3[0-6])(?!\d))"
+    r"|[A-F]{2,64}(?=_\{?16(?!\d)))"
+)
+"""Digits of a base above ten, which is written behind them."""
 _CHOICES = re.compile(r"[A-J](?:\s*,\s*(?:and\s+)?[A-J])+")
 _SPACE = re.compile(r"\s+|~|\$")
 _WORD = re.compile(r"[A-Za-z]+")
 _COMMAND = re.compile(r"\\([A-Za-z]+|[\s\S])\*?")
-_MARK = re.compile(r"\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{}|,;:!%&]")
+_MARK = re.compile(r"\*\*|<=|>=|!=|==|!!|[-+*/^_=<>()\[\]{}|,;:!%&']")
 _NOT_OF_NUMBERS = re.compile(r"[^\d.eE+-]")
 _ARITHMETIC = re.compile(r"[\s\d.,+\-*/()^%$]*\d[\s\d.,+\-*/()^%$]*")
 
@@ -141,6 +148,8 @@ class _Lexer:
             self.position = found.end()
             whole, part, *repeated = found.groups()
             return f"{whole}.{part}r{''.join(filter(None, repeated))}"
+        if "_" in self.text and (numeral := self.take(_NUMERAL)) is not None:
+            return numeral
         number = self.plain_number()
         return None if number is None else _NOT_OF_NUMBERS.sub("", number)
 
@@ -218,7 +227,7 @@ class _Lexer:
                 raise Unreadable("nested text commands")
         elif name in _LETTER_STYLES and len(stripped) == 1 and stripped.isalpha():
             self.add("symbol", stripped)
-        elif stripped in FUNCTIONS:
-            self.named(stripped)
+        elif stripped in FUNCTIONS or stripped.lower() == "infinity":
+            self.named(stripped.lower())
         elif stripped:
             self.add("text", stripped)

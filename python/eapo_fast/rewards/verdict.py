@@ -177,7 +177,11 @@ def _readings(text: str) -> list[Node]:
     """
     choice = split_choice(text)
     if choice is not None:
-        return [Text(choice[0]), *_readings(choice[1])]
+        return [Text(choice[0]), *_values(choice[1])]
+    return _values(text)
+
+
+def _values(text: str) -> list[Node]:
     readings = [parse(text)]
     if "," not in text:
         return readings

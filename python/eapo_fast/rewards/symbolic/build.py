@@ -44,7 +44,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "arcsin": sp.asin, "arccos": sp.acos, "arctan": sp.atan, "sinh": sp.sinh, "cosh": sp.cosh,
     "tanh": sp.tanh, "ln": sp.log, "log": sp.log, "exp": sp.exp, "sqrt": sp.sqrt, "abs": sp.Abs,
     "floor": sp.floor, "ceil": sp.ceiling, "max": sp.Max, "min": sp.Min, "gcd": sp.gcd,
-    "lcm": sp.lcm, "binom": sp.binomial,
+    "lcm": sp.lcm, "binom": sp.binomial, "conj": sp.conjugate,
 }  # fmt: skip
 _LARGEST_MATRIX = 36
 
@@ -114,10 +114,12 @@ class Builder:
             raise NotBuilt(f"{name} of a matrix")
         if name in _TRIGONOMETRIC and isinstance(given, Quantity) and given.unit == "degree":
             return _FUNCTIONS[name](first * sp.pi / 180)
-        if name == "factorial":
-            if first.is_Number and not 0 <= first <= MAX_FACTORIAL:
-                raise NotBuilt("a factorial that is too large")
-            return sp.factorial(first)
+        if name in ("factorial", "double factorial"):
+            if first.is_Number and not abs(first) <= MAX_FACTORIAL:
+                raise NotBuilt(f"a {name} that is too large")
+            return sp.factorial(first) if name == "factorial" else sp.factorial2(first)
+        if name == "binom" and any(v.is_Number and abs(v) > MAX_FACTORIAL for v in values):
+            raise NotBuilt("a binomial coefficient that is too large")
         if name == "lg":
             return sp.log(first, 10)
         if name == "root":
