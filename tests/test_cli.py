@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -309,3 +310,24 @@ def test_info_works_without_torch():
 def test_info_lists_the_environment(capsys):
     assert cli.main(["info", "--env"]) == 0
     assert "`EAPO_FAST_DEBUG`" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    """As in `eapo-fast consults RUN | head -1`."""
+    from eapo_fast.experts.lines import sealed
+
+    line = {
+        "kind": "consult", "id": "1/0/0/0/0", "status": "ok", "query": "q" * 40, "latency": 1.0,
+        "charged": 0.1, "usage": [1, 1, 0.1], "expert": None, "source": "expert", "leak": None,
+        "attempts": [], "detail": "",
+    }  # fmt: skip
+    lines = [sealed({**line, "id": f"1/{i}/0/0/0"}) + "\n" for i in range(3000)]
+    (tmp_path / "consults.jsonl").write_text("".join(lines))
+    command = [sys.executable, "-m", "eapo_fast.cli", "consults", str(tmp_path), "--top", "3000"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert child.stdout.readline().startswith("3000 consults")
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait(30)) == ("", 0)
+    child.stderr.close()

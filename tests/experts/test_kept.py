@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from eapo_fast.experts import (
     Budget,
     Calculator,
@@ -17,6 +19,7 @@ from eapo_fast.experts import (
     ConsultScheduler,
     ExpertReply,
     Function,
+    Recorded,
     Usage,
 )
 from eapo_fast.experts.kept import KeptReplies
@@ -84,6 +87,21 @@ def test_damage_costs_the_replies_and_nothing_else(tmp_path: Path) -> None:
     with desk(path, 0, calls) as again:
         assert ask(again, "a", 1).text == "a answer 3"
     assert len(KeptReplies(path, 0)) == 1
+
+
+def test_a_disk_that_refuses_one_file_loses_nothing_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    policy = ConsultPolicy(record=tmp_path / "record.jsonl")
+    with ConsultScheduler(Function(lambda request: "x"), policy) as one:
+        one.keep_replies(tmp_path / "replies.jsonl", after=None)
+        monkeypatch.setattr(KeptReplies, "put", full)
+        assert ask(one, "a", 1).text == "x"
+    assert "No space left" in caplog.text
+    assert len(Recorded(tmp_path / "record.jsonl")) == 1
 
 
 def test_experts_in_the_process_keep_nothing(tmp_path: Path) -> None:

@@ -105,15 +105,15 @@ def test_a_reply_with_fields_of_wrong_types_is_an_outcome(name: str, immediate: 
 def test_a_fault_of_ours_in_a_result_leaves_nobody_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("eapo_fast.experts.board.Board._trace", broken)
+    monkeypatch.setattr("eapo_fast.experts.results.trace_of", broken)
     for immediate in (True, False):
         expert = Function(lambda request: "x", immediate=immediate)
         with ConsultScheduler(expert, ConsultPolicy(timeout=2.0)) as desk:
             result = desk.submit(ConsultRequest("q")).result(9.0)
-        assert (result.status, result.detail) == ("malformed", "ZeroDivisionError: ours")
+        assert (result.status, "ZeroDivisionError" in result.detail) == ("malformed", True)
 
 
 def test_an_expert_that_cannot_be_closed_is_no_error(caplog: pytest.LogCaptureFixture) -> None:

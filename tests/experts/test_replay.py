@@ -33,7 +33,7 @@ def run(expert: Expert, policy: ConsultPolicy, count: int = 40) -> list[ConsultR
 
 def teacher(request: ConsultRequest) -> ExpertReply:
     if request.rollout % 5 == 0:
-        return ExpertReply.failed("refused", "no")
+        return ExpertReply.failed("refused", "no", unfit=request.rollout == 5)
     return ExpertReply(f"hint for rollout {request.rollout}", Usage(3, 4), "teacher-1")
 
 
@@ -44,6 +44,8 @@ def test_a_replay_gives_what_was_recorded(tmp_path: Path, gate: str) -> None:
     first = run(Function(teacher, immediate=True), recording)
     replayed = run(Recorded(path), ConsultPolicy(schedule="inverse"))
     assert [(r.status, r.text) for r in replayed] == [(r.status, r.text) for r in first]
+    assert [r.trace.unfit for r in replayed] == [r.trace.unfit for r in first]
+    assert sum(r.trace.unfit for r in first) == (first[5].status == "refused")
     assert {r.status for r in first} == {"ok", "declined", "refused"}
 
 

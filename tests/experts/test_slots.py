@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -75,6 +76,31 @@ def test_a_burst_of_refusals_halves_once_and_answers_bring_back_one_a_round() ->
     for _ in range(10_000):
         slots.answered()
     assert slots.limit == 64
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_turn_is_lost_or_doubled_whatever_happens(seed: int) -> None:
+    """Random waits, cancellations, refusals and answers; in the end everybody has had a turn."""
+    rng = random.Random(seed)
+
+    async def worker(slots: Slots) -> None:
+        async with slots:
+            cuts = slots.cuts
+            await asyncio.sleep(rng.random() * 0.002)
+            slots.too_many(cuts) if rng.random() < 0.3 else slots.answered()
+
+    async def main() -> None:
+        slots = Slots(rng.randint(1, 9))
+        tasks = [asyncio.create_task(worker(slots)) for _ in range(300)]
+        for task in rng.sample(tasks, 150):
+            await asyncio.sleep(0 if rng.random() < 0.8 else 0.001)
+            task.cancel()
+            assert 0 <= slots.busy <= slots.most
+        done = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30.0)
+        assert sum(one is None for one in done) >= 150
+        assert (slots.busy, slots.locked()) == (0, False)
+
+    run(main())
 
 
 class Narrow:

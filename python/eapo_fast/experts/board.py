@@ -9,17 +9,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 
 from eapo_fast.experts.base import (
     ACCEPTED,
-    Attempt,
     ConsultRequest,
     ConsultResult,
     ConsultStatus,
     Expert,
     ExpertReply,
-    Trace,
     Usage,
 )
 from eapo_fast.experts.budget import NANO, Ledger, Reservation
@@ -31,10 +30,10 @@ from eapo_fast.experts.metrics import Counters
 from eapo_fast.experts.policy import ConsultPolicy
 from eapo_fast.experts.recording import Recorder
 from eapo_fast.experts.replies import shape
+from eapo_fast.experts.results import attempt_of, brief, result_of
 from eapo_fast.experts.secret import redact
 
 logger = logging.getLogger("eapo_fast.experts")
-MAX_DETAIL = 500
 QUIET: frozenset[str] = frozenset({"ok", "cached", "declined", "budget", "cancelled"})
 """Statuses that need no line in the log."""
 
@@ -140,7 +139,7 @@ class Board:
     def settle(self, flight: Flight, reply: ExpertReply | None) -> None:
         """Close the books of an attempt; None: it was sent and nothing came back."""
         if flight.sent:
-            flight.log.append(self._attempt(flight, reply))
+            flight.log.append(attempt_of(flight, reply, timed=not self._immediate))
         flight.sent = False
         if flight.reservation is not None:
             self.close_reservation(flight, flight.reservation, reply)
@@ -167,15 +166,6 @@ class Board:
         for reservation in (flight.reservation, flight.extra):
             if reservation is not None:
                 self.close_reservation(flight, reservation, None)
-
-    def _attempt(self, flight: Flight, reply: ExpertReply | None) -> Attempt:
-        if self._immediate:
-            seconds = start = 0.0
-        else:
-            start, seconds = flight.began - flight.opened, time.monotonic() - flight.began
-        lost: ConsultStatus = "timeout" if flight.expired else "cancelled"
-        expert = reply.expert if reply else None
-        return Attempt(start, seconds, reply.status if reply else lost, expert)
 
     def land(self, flight: Flight, reply: ExpertReply) -> None:
         """End every waiter of the flight; the first of the last to go carries its cost."""
@@ -246,10 +236,10 @@ class Board:
             consult.claimed = True
         self._record(consult, reply)
         try:
-            result = self._result(consult, reply, usage, cost)
+            timed = not self._immediate
+            result = result_of(consult, reply, usage, cost, self.policy, timed=timed)
         except Exception as error:  # whatever is wrong with a reply, nobody waits for ever
-            detail = redact(f"{type(error).__name__}: {error}")[:MAX_DETAIL]
-            result = ConsultResult("malformed", cost=cost, detail=detail)
+            result = ConsultResult("malformed", cost=cost, detail=brief(repr(error)))
         self.counters.ended(result)
         self._log(result.status if reply.status in ACCEPTED else reply.status, result.detail)
         with self.changed:
@@ -258,49 +248,17 @@ class Board:
             self.completed += 1
             self.changed.notify_all()
 
-    def _result(
-        self, consult: Consult, reply: ExpertReply, usage: Usage | None, cost: float
-    ) -> ConsultResult:
-        status, text, truncated, transforms, detail = shape(reply, self.policy)
-        if not consult.accept and status != "cancelled":
-            status, text, truncated, transforms = "declined", "", False, ()
-        waited = consult.flight is not None and consult.deadline < float("inf")
-        return ConsultResult(
-            status,
-            text,
-            usage,
-            cost,
-            time.monotonic() - consult.submitted if waited else 0.0,
-            reply.model,
-            truncated,
-            redact(detail)[:MAX_DETAIL],
-            self._trace(consult, reply, transforms),
-        )
-
-    def _trace(self, consult: Consult, reply: ExpertReply, transforms: tuple[str, ...]) -> Trace:
-        flight = consult.flight
-        if flight is None:
-            source = "cache" if reply.status == "cached" else "none"
-            return Trace(consult.key, source, expert=reply.expert, transforms=transforms)  # type: ignore[arg-type]
-        running = (self._attempt(flight, reply),) if flight.sent else ()
-        return Trace(
-            consult.key,
-            "merged" if consult.merged else "expert",
-            (*flight.log, *running),
-            flight.held.tokens,
-            flight.held.nano / NANO,
-            reply.expert,
-            transforms,
-        )
-
     def _record(self, consult: Consult, reply: ExpertReply) -> None:
+        if self.kept is not None and reply.status in ACCEPTED:
+            self._write("kept", partial(self.kept.put, consult.key, consult.request, reply))
+        if self.recorder is not None and reply.status not in ("declined", "cancelled"):
+            self._write("recorded", partial(self.recorder.write, consult.request, reply))
+
+    def _write(self, what: str, write: Callable[[], None]) -> None:
         try:
-            if self.kept is not None and reply.status in ACCEPTED:
-                self.kept.put(consult.key, consult.request, reply)
-            if self.recorder is not None and reply.status not in ("declined", "cancelled"):
-                self.recorder.write(consult.request, reply)
+            write()
         except (OSError, TypeError, ValueError) as error:
-            self._warn_once("record", f"a consult could not be recorded: {error}")
+            self._warn_once(what, f"a consult could not be {what}: {error}")
 
     def _cannot_store(self, error: Exception) -> None:
         self._warn_once("cache", f"a reply could not be cached: {error}")

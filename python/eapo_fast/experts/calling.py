@@ -82,11 +82,12 @@ def _checked(reply: object) -> ExpertReply:
 
 def _well_typed(reply: ExpertReply) -> bool:
     texts = (reply.model, reply.expert)
+    flags = (reply.truncated, reply.retry, reply.billed, reply.unfit)
     return (
         (reply.usage is None or _plausible(reply.usage))
         and all(text is None or isinstance(text, str) for text in texts)
         and isinstance(reply.detail, str)
-        and all(isinstance(f, bool) for f in (reply.truncated, reply.retry, reply.billed))
+        and all(isinstance(f, bool) for f in flags)
         and (reply.retry_after is None or _seconds(reply.retry_after) == reply.retry_after)
     )
 
@@ -101,6 +102,7 @@ def _retyped(reply: ExpertReply) -> ExpertReply:
         retry=bool(reply.retry),
         retry_after=_seconds(reply.retry_after),
         billed=bool(reply.billed),
+        unfit=bool(reply.unfit),
         expert=None if reply.expert is None else str(reply.expert),
     )
 

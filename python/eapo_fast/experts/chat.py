@@ -19,6 +19,9 @@ SYSTEM = (
 )
 PROMPT = "Problem:\n{problem}\n\nQuestion:\n{query}"
 
+UNFIT = frozenset({301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 407, 410})
+"""HTTP statuses of a wrong address, key, account or model: no question would be answered."""
+
 _THINK_TAG = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
 _QUOTED = 200
 _FIELD = re.compile(r"\{(problem|query)\}")
@@ -113,8 +116,9 @@ def parse_error(status: int, headers: Mapping[str, str], body: bytes) -> ExpertR
         return ExpertReply.failed("rate", detail, retry_after=wait, billed=False)
     if status == 408 or status >= 500:
         return ExpertReply.failed("down", detail, retry_after=wait)
-    kind: ConsultStatus = "too_long" if status == 413 else "refused"
-    return ExpertReply.failed(kind, detail, billed=False)
+    if status == 413:
+        return ExpertReply.failed("too_long", detail, billed=False)
+    return ExpertReply.failed("refused", detail, billed=False, unfit=status in UNFIT)
 
 
 def retry_after(value: str | None, now: float | None = None) -> float | None:

@@ -80,6 +80,7 @@ def record_line(request: ConsultRequest, reply: ExpertReply) -> dict[str, Any]:
         "sample_index": request.sample_index,
         "place": [*request.place],
         "status": reply.status,
+        "unfit": reply.unfit,
         **reply_to_json(reply),
     }
 
@@ -241,5 +242,6 @@ def _reply(line: dict[str, Any]) -> ExpertReply:
         text_or_none(line.get("model")),
         status=line["status"],
         truncated=line.get("truncated") is True,
+        unfit=line.get("unfit") is True,
         expert=text_or_none(line.get("expert")),
     )
