@@ -250,6 +250,8 @@ class _Run:
                 loss = -stats.logprob.sum() / tokens
                 loss.backward()
             total += float(loss.detach())
+            if not math.isfinite(total):
+                stats.check()
         return total, tokens
 
     def _resume(self, folder: Path) -> int:

@@ -127,7 +127,7 @@ def test_slabs_of_sequences(name: str, chunk: int, device: torch.device, read: l
     assert max(read) <= chunk
 
 
-@pytest.mark.parametrize("name", ["dapo", "gspo", "siren"])
+@pytest.mark.parametrize("name", ["gspo", "siren"])
 def test_operators(name: str, device: torch.device) -> None:
     """What they promise to `torch.compile`: shapes and dtypes, nothing overwritten, gradients."""
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -145,6 +145,30 @@ def test_operators(name: str, device: torch.device) -> None:
          True, True, False),
         test_utils=checks,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["eapo", "gspo", *BATCH_GLOBAL, "siren"])
+def test_nothing_waits(name: str, device: torch.device) -> None:
+    """On a GPU, where torch itself can tell; `test_triton_waits.py` asks without one."""
+    if device.type != "cuda":
+        pytest.skip("needs a GPU")
+    recipe = busy(name).replace(max_length=20)
+    hidden, weight, targets = (x.to(device) for x in head(CU[-1], 60))
+    batch = replace(on(batch_of(), device), num_tokens=28, num_sequences=4)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    for chunk in (None, 16):
+
+        def step(chunk: int | None = chunk) -> None:
+            ops.linear_policy_loss(
+                *leaves, targets, batch, recipe, backend="triton", chunk_size=chunk
+            ).loss.backward()
+
+        step()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def packed(lengths: list[int], most: int) -> tuple[list[list[int]], list[list[int]]]:
