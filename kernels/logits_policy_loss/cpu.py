@@ -15,7 +15,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from eapo_fast import _core
-from eapo_fast.kernels.linear_token_stats.memory import uninitialised
 from eapo_fast.kernels.logits_policy_loss.finite import check_finite
 from eapo_fast.kernels.native import follow_torch_threads
 from eapo_fast.kernels.policy_loss import compiled, operator
@@ -54,7 +53,7 @@ def logits_policy_loss(
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return _read(source, ids, batch, recipe, temperature)[0]
     copied = source.data_ptr() != logits.data_ptr()
-    room = source if in_place or copied else uninitialised(tuple(source.shape), source.dtype)
+    room = source if in_place or copied else torch.empty_like(source)
     if compiled.refusal(source, recipe) is None:
         found = _one_pass(source, ids, batch, recipe, temperature, room)
     else:

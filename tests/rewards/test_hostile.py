@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import random
@@ -119,6 +120,19 @@ def test_no_case_runs_anything(tmp_path: Path) -> None:
     )
     assert done.stdout == "[]\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_caller_without_stack_gets_undecided() -> None:
+    answer = r"\frac{1}{1+\sqrt{2+\frac{\sqrt{3}}{1+\frac{2}{\sqrt{5+\sqrt{7}}}}}}"
+
+    def below(levels: int) -> str:
+        if levels:
+            return below(levels - 1)
+        return verify(answer, r"\sqrt{2}", extract="none").status
+
+    used = len(inspect.stack())
+    assert below(sys.getrecursionlimit() - used - 100) == "undecided"
+    assert below(10) == "incorrect"
 
 
 def test_random_bytes_never_raise() -> None:

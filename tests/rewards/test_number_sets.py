@@ -18,8 +18,9 @@ def drawn(draw: random.Random, depth: int) -> tuple[str, Member]:
     a, b = sorted(draw.sample(range(-3, 4), 2))
     if kind == "interval":
         left, right = draw.choice("(["), draw.choice(")]")
-        return f"{left}{a},{b}{right}", lambda x: (
-            (a < x < b) or (left == "[" and x == a) or (right == "]" and x == b)
+        return (
+            f"{left}{a},{b}{right}",
+            lambda x: (a < x < b) or (left == "[" and x == a) or (right == "]" and x == b),
         )
     if kind == "ray":
         return rf"(-\infty,{a}]", lambda x: x <= a

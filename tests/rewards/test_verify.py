@@ -224,6 +224,35 @@ EQUAL = [
     ("[[1,2],[3,4]]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
     ("1, 2, ..., n", r"1, 2, \ldots, n"),
     (r"\sqrt{2\pm 1}", r"\sqrt3, 1"),
+    (r"\mathbb{R} - \{3\}", r"x \ne 3"),
+    (r"\text{all real numbers}", r"\mathbb{R}"),
+    # equations solved for another variable, indices of solutions
+    ("2y = x", "y = x/2"),
+    ("x_1 = 1, x_2 = 2", "x = 1, x = 2"),
+    # marks behind mixed numbers
+    (r"66\frac{2}{3}\%", r"\frac{2}{3}"),
+    (r"22\frac12^\circ", "22.5"),
+    ("66 2/3%", "2/3"),
+    # style, space and displays
+    (r"5\;\;", "5"),
+    ("5\\\\", "5"),
+    ("= 5", "5"),
+    (r"\textcolor{red}{5}", "5"),
+    (r"\underline{5}", "5"),
+    (r"\begin{align*}x&=5\end{align*}", "5"),
+    (r"\begin{cases}x=1\\y=2\end{cases}", "x=1, y=2"),
+    (r"{1\over 2}", "0.5"),
+    (r"0.\dot{1}2\dot{3}", "41/333"),
+    (r"\max\{1,2,3\}", "3"),
+    # what stands in texts
+    ("10 min", r"10\text{ minutes}"),
+    (r"\text{5 m}", "5"),
+    (r"\text{(A) 5}", "5"),
+    (r"\text{(A) }5", "A"),
+    ("A: 5", "A"),
+    (r"\text{(B), (C)}", "B, C"),
+    (r"\text{July 4}", "July 4"),
+    ("one half", r"\frac12"),
 ]
 
 DIFFERENT = [
@@ -302,6 +331,14 @@ DIFFERENT = [
     ("2023-01-01", "2021"),
     ("1,2,...", "1,2"),
     (r"\text{five}", "6"),
+    ("2y = x", "y = 2x"),
+    ("x_1 = 1, x_2 = 2", "x = 1, x = 3"),
+    (r"66\frac{2}{3}\%", r"66+\frac{2}{300}"),
+    (r"\textcolor{red}{5}", "red"),
+    ("10 min", "10 hours"),
+    (r"\text{(A) 5}", "6"),
+    (r"\begin{cases}x=1\\y=2\end{cases}", "x=2, y=1"),
+    ("one half", "1"),
     ("[[1,2],[3,4]]", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
 ]
 

@@ -22,7 +22,7 @@ from eapo_fast.rewards.tree import (
 from eapo_fast.rewards.units import PERCENT, UNIT_LETTERS, canonical_unit, is_known
 
 _LETTERS = ("symbol", "word")
-_NO_FACTORS = frozenset(("choose", "rfloor", "rceil"))
+_NO_FACTORS = frozenset(("choose", "over", "rfloor", "rceil"))
 
 
 class Arithmetic(Primaries):
@@ -78,10 +78,21 @@ class Arithmetic(Primaries):
         if self.tokens[start].kind == "number":
             if not (_is_whole(part) and self.accept("/")):
                 raise Unreadable("two numbers in a row")
-            part = Quotient(part, self.power())
-        if isinstance(part, Quotient) and _is_whole(part.top) and _is_whole(part.bottom):
-            top.pop()
-            return Sum((previous, part))
+            part = Quotient(part, self.primary())
+            if _is_proper(part):
+                top.pop()
+                return self.marks(Sum((previous, part)))
+            raise Unreadable("two numbers in a row")
+        match part:
+            case Quotient() if _is_proper(part):
+                top.pop()
+                return Sum((previous, part))
+            case Percent(Quotient() as fraction) if _is_proper(fraction):
+                top.pop()
+                return Percent(Sum((previous, fraction)))
+            case Quantity(Quotient() as fraction, unit) if _is_proper(fraction):
+                top.pop()
+                return Quantity(Sum((previous, fraction)), unit)
         return part
 
     def factor_follows(self) -> bool:
@@ -165,6 +176,11 @@ def _is_unit_word(word: str, spaced: bool) -> bool:
     if len(word) > 3 or word.lower() in PERCENT or is_known(canonical_unit(word)):
         return True
     return spaced and any(letter in "aeiou" for letter in word.lower())
+
+
+def _is_proper(fraction: Quotient) -> bool:
+    """Tell a fraction of whole numbers, which makes a mixed number behind another one."""
+    return _is_whole(fraction.top) and _is_whole(fraction.bottom)
 
 
 def _is_whole(node: Node) -> bool:

@@ -35,9 +35,12 @@ _SINGLE = {"*": "*", "_": "_", '"': '"', "'": "'", "\u201c": "\u201d"}
 _UNFINISHED = re.compile(r"\d\s*(?:\.\.\.|\\[lc]?dots)[\s$]*$")
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z{}])")
 _CHOICE = re.compile(
-    r"\s*(?:\\(?:text|textbf|textrm|mathrm|mathbf)\{\s*\(?([A-J])\)?[.:)]?\s*\}|\(?([A-J])\)[.:]?)"
-    r"(?:\\[,;: ]|\\quad|[\s:~])+(?=\S)"
+    r"\s*(?:(?:\\(?:text|textbf|textrm|mathrm|mathbf)\{\s*\(?([A-J])\)?[.:)]?\s*\}"
+    r"|\(?([A-J])\)[.:]?|([A-J])[.:](?=\s))(?:\\[,;: ]|\\quad|[\s:~])+"
+    r"|\\(?:text|textbf)\{\(([A-J])\)[.:]?\s*\})(?=\S)"
 )
+_CHOICE_IN_TEXT = re.compile(r"\s*\\text(?:bf|rm)?\{\s*\(([A-J])\)[.:]?\s([^{}]*)\}\s*")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:equation|align|aligned|gather|split|cases)\*?\}")
 _DECIMAL_COMMA = re.compile(r"\s*\$?\s*-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))\s*(?:\\?%)?\s*\$?\s*")
 _AMBIGUOUS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
@@ -75,8 +78,8 @@ def _compatible(text: str) -> str:
 
 
 def _without_outer_marks(text: str) -> str:
-    text = text.strip().strip("$`").rstrip(",;:").strip()
-    if text.endswith(".") and not text.endswith(("\\.", "...")):
+    text = text.strip().strip("$`").rstrip(",;: \\").lstrip("= ")
+    if text.endswith(".") and not text.endswith("..."):
         text = text[:-1]
     if len(text) > 4 and text[:2] in _DOUBLE and text.endswith(_DOUBLE[text[:2]]):
         text = text[2:-2]
@@ -88,6 +91,8 @@ def _without_outer_marks(text: str) -> str:
 
 def _respelt(text: str) -> str:
     """Replace spellings that the lexer does not know."""
+    if "\\begin" in text and _ENVIRONMENT.search(text):
+        text = _without_environment(text)
     if "\\\\" in text and "\\begin" not in text:
         text = _ESCAPED_TWICE.sub(r"\\", text)
     if "..." in text:
@@ -101,6 +106,15 @@ def _respelt(text: str) -> str:
     return text
 
 
+def _without_environment(text: str) -> str:
+    """Read the lines of a display as a list; in an alignment a mark stands before each relation."""
+    bare = _ENVIRONMENT.sub(" ", text)
+    if "\\begin" in bare:
+        return text
+    lines = (line.replace("&=", "=").strip(" ,") for line in bare.split("\\\\"))
+    return ", ".join(filter(None, lines)) or text
+
+
 def has_ambiguous_commas(text: str) -> bool:
     """Tell whether `1,234` occurs, which may be one number or a list of two."""
     return _AMBIGUOUS.search(text) is not None
@@ -108,8 +122,13 @@ def has_ambiguous_commas(text: str) -> bool:
 
 def split_choice(text: str) -> tuple[str, str] | None:
     """Split `\\textbf{(B)} 12` or `B) 12` into the letter and what stands behind it."""
+    found = _CHOICE_IN_TEXT.fullmatch(text)
+    if found is not None:
+        return found.group(1), f"\\text{{{found.group(2)}}}"
     found = _CHOICE.match(text)
-    return (found.group(1) or found.group(2), text[found.end() :]) if found else None
+    if found is None:
+        return None
+    return next(filter(None, found.groups())), text[found.end() :]
 
 
 def with_decimal_point(text: str) -> str | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Sequence
 from fractions import Fraction
 
 from eapo_fast.rewards.number_sets import number_set
-from eapo_fast.rewards.readings import FLIPPED, assigned, plain
-from eapo_fast.rewards.scalars import Arena, Outcome, compare_scalars, proportional
+from eapo_fast.rewards.readings import plain
+from eapo_fast.rewards.relations import compare_relation_with_value, compare_relations
+from eapo_fast.rewards.scalars import Arena, Outcome, compare_scalars
+from eapo_fast.rewards.texts import compare_texts
 from eapo_fast.rewards.tree import (
     COLLECTIONS,
     Bracketed,
@@ -25,31 +25,17 @@ from eapo_fast.rewards.tree import (
     Ratio,
     Relation,
     SetOf,
-    Sum,
     Symbol,
     Text,
     Union,
     children,
-    negated,
     walk,
 )
 from eapo_fast.rewards.units import dimension, is_known
 
-_EMPTY = frozenset(
-    ("no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set",
-     "empty")
-)  # fmt: skip
 _JOINED = (Union, Combined)
 _MAY_BE_SETS = (Union, Combined, Bracketed, SetOf, Relation)
-_WORDS = {
-    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7,
-    "eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14,
-    "fifteen": 15, "sixteen": 16, "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20,
-}  # fmt: skip
-_NUMBER_WORDS = {word: Number(Fraction(value)) for word, value in _WORDS.items()}
-_LABELS = re.compile(r"(?:option|choice|answer) (?=[a-j]$)")
 _ZERO = Number(Fraction(0))
-_ARTICLES = re.compile(r"\b(?:the|a|an)\b")
 
 
 def compare(a: Node, b: Node, arena: Arena) -> Outcome:
@@ -66,102 +52,14 @@ def _compare(a: Node, b: Node, arena: Arena) -> Outcome:
         return Outcome(True, "the same expression")
     named = isinstance(a, Relation), isinstance(b, Relation)
     if all(named):
-        return _compare_relations(a, b, arena)
+        return compare_relations(a, b, arena, compare)
     if any(named):
-        return _compare_relation_with_value(a, b, arena)
+        return compare_relation_with_value(a, b, arena, compare)
     if isinstance(a, Text) or isinstance(b, Text):
-        return _compare_texts(a, b, arena)
+        return compare_texts(a, b, arena, compare)
     if isinstance(a, COLLECTIONS) or isinstance(b, COLLECTIONS):
         return _compare_collections(a, b, arena)
     return _compare_values(a, b, arena)
-
-
-# Relations
-
-
-def _compare_relation_with_value(a: Node, b: Node, arena: Arena) -> Outcome:
-    a, b = assigned(a), assigned(b)
-    if not isinstance(a, Relation) and not isinstance(b, Relation):
-        return compare(a, b, arena)
-    relation, value = (a, b) if isinstance(a, Relation) else (b, a)
-    assert isinstance(relation, Relation)
-    if isinstance(value, (Bracketed, Union, SetOf, Listing)):
-        return Outcome(None, "a relation against a set", open=True)
-    sides = [compare(side, value, arena) for side in relation.sides]
-    if all(side.equal is False for side in sides):
-        return Outcome(False, "a relation against a value that is none of its sides")
-    return Outcome(None, "a relation against a value")
-
-
-def _compare_relations(a: Node, b: Node, arena: Arena) -> Outcome:
-    assert isinstance(a, Relation)
-    assert isinstance(b, Relation)
-    left, right = assigned(a), assigned(b)
-    if not isinstance(left, Relation) and not isinstance(right, Relation):
-        same_name = a.sides[0] == b.sides[0] or isinstance(a.sides[0], (Text, Product))
-        if same_name or isinstance(b.sides[0], (Text, Product)):
-            return compare(left, right, arena)
-    if len(a.sides) != 2 or len(b.sides) != 2:
-        return Outcome(None, "chains of relations", open=True)
-    return _compare_equations(a, b, arena)
-
-
-def _compare_equations(a: Relation, b: Relation, arena: Arena) -> Outcome:
-    operators = a.operators[0], b.operators[0]
-    if not set(operators) <= set(FLIPPED):
-        return Outcome(None, "a relation that is not compared")
-    if any(isinstance(side, (*COLLECTIONS, Text)) for side in (*a.sides, *b.sides)):
-        return Outcome(None, "relations between collections")
-    first, second = _difference(a.sides), _difference(b.sides)
-    if operators[0] != operators[1]:
-        if operators[0] != FLIPPED[operators[1]]:
-            return Outcome(False, "different relations")
-        second = negated(second)
-    return proportional(first, second, arena, positive=operators[0][0] in "<>")
-
-
-def _difference(sides: tuple[Node, ...]) -> Node:
-    return Sum((sides[0], negated(sides[1])))
-
-
-# Texts
-
-
-def _compare_texts(a: Node, b: Node, arena: Arena) -> Outcome:
-    if isinstance(a, Text) and isinstance(b, Text):
-        words = normal_text(a.text), normal_text(b.text)
-        letters = [sorted(node.text) for node in (a, b) if _is_letters(node)]
-        same = words[0] == words[1] or (len(letters) == 2 and letters[0] == letters[1])
-        same = same or _EMPTY.issuperset(words)
-        return Outcome(same, "the same words" if same else "different words")
-    text, other = (a, b) if isinstance(a, Text) else (b, a)
-    assert isinstance(text, Text)
-    value = _NUMBER_WORDS.get(normal_text(text.text))
-    if value is not None and isinstance(other, Number):
-        return compare(value, other, arena)
-    if isinstance(other, (Symbol, Constant)):
-        words = _LABELS.sub("", text.text.strip().lower())
-        same = other.name.lower() in (words, normal_text(text.text))
-        return Outcome(same, "the same choice" if same else "a text against a symbol")
-    if isinstance(other, SetOf) and not other.items:
-        same = normal_text(text.text) in _EMPTY
-        return Outcome(same, "no solution" if same else "a text against the empty set")
-    if _is_letters(text):
-        product = Product(tuple(Symbol(letter) for letter in text.text))
-        return compare(product, other, arena)
-    return Outcome(False, "a text against an expression")
-
-
-def _is_letters(node: Node) -> bool:
-    """Tell whether a text may be a product of variables."""
-    return isinstance(node, Text) and len(node.text) <= 3 and node.text.isalpha()
-
-
-def normal_text(text: str) -> str:
-    """Lower-case, without punctuation, articles and extra white space."""
-    kept = "".join(c if c not in string.punctuation else " " for c in text.lower())
-    words = kept.split()
-    return " ".join(words) if len(words) <= 1 else " ".join(_ARTICLES.sub(" ", kept).split())
 
 
 # Collections

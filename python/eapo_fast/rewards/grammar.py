@@ -75,7 +75,7 @@ class Parser(Arithmetic):
         words = self.only_words()
         if words is not None:
             return Text(words)
-        node = self.listing()
+        node = self.infix(self.listing())
         if self.token.kind != "end":
             raise Unreadable(f"unexpected {self.token.text!r}")
         return node

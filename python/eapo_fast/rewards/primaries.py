@@ -152,9 +152,7 @@ class Primaries(Operators):
             self.expect("\\}")
             return content
         content = self.listing()
-        if self.token[:2] == ("command", "choose"):
-            self.advance()
-            content = Call("binom", (content, self.listing()))
+        content = self.infix(content)
         self.bars = bars
         closing = self.expect(*_CLOSING[opening])
         items = content.items if isinstance(content, Listing) else (content,)
@@ -163,6 +161,16 @@ class Primaries(Operators):
         if len(items) == 1 and closing == _CLOSING[opening][0]:
             return content
         return SetOf(items) if opening == "{" else Bracketed(opening, closing, items)
+
+    def infix(self, top: Node) -> Node:
+        """Read `\\choose` or `\\over` and what stands below `top`, if it follows."""
+        if self.token[:2] == ("command", "choose"):
+            self.advance()
+            return Call("binom", (top, self.listing()))
+        if self.token[:2] == ("command", "over"):
+            self.advance()
+            return Quotient(top, self.listing())
+        return top
 
     def is_condition(self) -> bool:
         """Take `x |` or `x in R :` at the start of a set, which a condition on x follows."""
@@ -244,7 +252,7 @@ class Primaries(Operators):
             elif self.accept("^"):
                 power = self.exponent()
         argument = self.function_argument()
-        if isinstance(argument, Bracketed) and name in ("max", "min", "gcd", "lcm"):
+        if isinstance(argument, (Bracketed, SetOf)) and name in ("max", "min", "gcd", "lcm"):
             return Call(name, argument.items)
         if power == MINUS_ONE and name in ("sin", "cos", "tan"):
             return Call(f"arc{name}", (argument,))
@@ -253,7 +261,7 @@ class Primaries(Operators):
 
     def function_argument(self) -> Node:
         """Read one bracket, or the product that follows as in `sin 2x`."""
-        if self.at("(", "[", "{"):
+        if self.at("(", "[", "{", "\\{"):
             return self.marks(self.primary())
         negative = self.accept("-")
         factors = [self.power()]

@@ -15,6 +15,7 @@ from eapo_fast.rewards.tree import (
     Constant,
     Listing,
     Node,
+    Number,
     Power,
     Product,
     Quotient,
@@ -22,6 +23,7 @@ from eapo_fast.rewards.tree import (
     Relation,
     SetOf,
     Signed,
+    Sum,
     Symbol,
     Text,
     Union,
@@ -50,6 +52,8 @@ def plain(node: Node) -> Node:
         return rebuilt(node, lambda part: plain(part) if isinstance(part, _OF_SETS) else part)
     if isinstance(node, Product):
         node = _without_label(node)
+    if isinstance(node, Sum):
+        node = _without_members(node)
     spread = _spread(node)
     return spread[0] if len(spread) == 1 else Listing(tuple(spread))
 
@@ -79,6 +83,15 @@ def _without_label(node: Product) -> Node:
             name.isupper() and len(items) > 1
         ):
             return point
+        case _:
+            return node
+
+
+def _without_members(node: Sum) -> Node:
+    """Read `R - {3}` as a difference of sets."""
+    match node.terms:
+        case (left, Product((Number(), SetOf() as right))) if isinstance(left, (Bracketed, Union)):
+            return Combined("setminus", left, right)
         case _:
             return node
 
