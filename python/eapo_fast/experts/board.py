@@ -127,14 +127,17 @@ class Board:
             flight.held = extra.amount.plus(flight.reservation.amount).most(flight.held)
         return extra
 
-    def begin(self, flights: Sequence[Flight]) -> None:
-        """An attempt of `flights` goes to the expert now."""
+    def begin(self, flights: Sequence[Flight]) -> list[Flight]:
+        """An attempt goes to the expert now; returns the flights that somebody waits for still."""
         now = 0.0 if self._immediate else time.monotonic()
-        for flight in flights:
-            flight.attempts += 1
-            flight.sent = True
-            flight.began = now
-        self.counters.add("sent", len(flights))
+        with self.changed:
+            live = [flight for flight in flights if flight.waiters]
+            for flight in live:
+                flight.attempts += 1
+                flight.sent = True
+                flight.began = now
+        self.counters.add("sent", len(live))
+        return live
 
     def settle(self, flight: Flight, reply: ExpertReply | None) -> None:
         """Close the books of an attempt; None: it was sent and nothing came back."""
@@ -153,10 +156,11 @@ class Board:
             self.ledger.release(reservation)
             return
         usage = reply.usage if reply else None
-        amount = self.ledger.settle(reservation, usage)
+        with self.changed:  # who ends now carries what is charged now, or somebody after them
+            amount = self.ledger.settle(reservation, usage)
+            flight.nano += amount.nano
         if not amount.consults:
             return  # closed before, when nobody waited for it any more
-        flight.nano += amount.nano
         self.counters.charged(usage.tokens if usage else 0, amount.nano / NANO)
 
     def write_off(self, flight: Flight) -> None:
@@ -204,11 +208,12 @@ class Board:
         flight = consult.flight
         if flight is None or consult.claimed:
             return None
-        gone = self.thin(flight, lambda other: other is consult)
-        dead = bool(gone) and not flight.waiters
-        if dead:
-            flight.expired = status == "timeout"
-            self.write_off(flight)
+        with self.changed:
+            gone = self.thin(flight, lambda other: other is consult)
+            dead = bool(gone) and not flight.waiters
+            if dead:
+                flight.expired = status == "timeout"
+                self.write_off(flight)
         self._end_all(flight, gone, ExpertReply.failed(status, f"ended at {status}"))
         return flight if dead else None
 

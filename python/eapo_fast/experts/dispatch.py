@@ -142,15 +142,17 @@ class Dispatcher:
             await asyncio.sleep(rest)
 
     async def _attempt(self, flights: Sequence[Flight]) -> list[tuple[Flight, ExpertReply]]:
-        live = [flight for flight in flights if flight.waiters]
-        dead = [(flight, _unbilled()) for flight in flights if not flight.waiters]
-        if not live:
-            return dead
-        if not self.breaker.allow(self.loop.time()):
-            self.board.counters.add("blocked_by_breaker", len(live))
+        waited = [flight for flight in flights if flight.waiters]
+        if waited and not self.breaker.allow(self.loop.time()):
+            self.board.counters.add("blocked_by_breaker", len(waited))
             blocked = ExpertReply.failed("down", "left alone after failures", billed=False)
-            return [*dead, *((flight, blocked) for flight in live)]
-        self.board.begin(live)
+            return [(flight, blocked if flight in waited else _unbilled()) for flight in flights]
+        live = self.board.begin(waited)
+        dead = [(flight, _unbilled()) for flight in flights if flight not in live]
+        if not live:
+            if waited:
+                self.breaker.abandon(self.loop.time())
+            return dead
         cuts = self._slots.cuts
         replies = await self._ask(live)
         self._judge(replies, cuts)
