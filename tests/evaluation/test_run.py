@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eapo_fast.cli import main
-from eapo_fast.errors import ConfigError, DataError
+from eapo_fast.errors import ConfigError, DataError, ModelError
 from eapo_fast.evaluation import EvalSettings, evaluate_model
 from eapo_fast.evaluation.store import PROBLEMS, read_lines, read_result
 from eapo_fast.evaluation.table import write_table
@@ -297,6 +297,15 @@ def test_an_expert_that_cannot_be_reached_ends_it_before_sampling(
     with pytest.raises(ConfigError, match="no route to host"):
         evaluate_model(policy, problems, tmp_path / "out", quick(), expert=Down())
     assert not (tmp_path / "out" / PROBLEMS).exists()
+
+
+@pytest.mark.parametrize("place", ["runs/slip", "a file"])
+def test_a_model_that_cannot_be_on_the_hub_is_told_at_once(
+    problems: Path, tmp_path: Path, quick: Quick, place: str
+) -> None:
+    model = str(problems) if place == "a file" else place
+    with pytest.raises(ModelError, match="is a file" if place == "a file" else "does not exist"):
+        evaluate_model(model, problems, tmp_path / "out", quick())
 
 
 def test_methods_and_experts_must_agree(policy: str, problems: Path, quick: Quick) -> None:

@@ -27,6 +27,7 @@ CASES = {
     "answer in the next paragraph": ("The answer is:\n\n5", "5"),
     "several answers": ("so the answers are 5 and 6.", "5 and 6"),
     "short for answer": ("Ans: 5", "5"),
+    "price before a formula": (r"It was \$5 and so we get $x^2$ here", "x^2"),
     "answer word": ("The answer is Evelyn.", "Evelyn"),
     "whole text": (r"x = \frac{1}{2}", r"x = \frac{1}{2}"),
     "whole tuple": ("(1, 2)", "(1, 2)"),

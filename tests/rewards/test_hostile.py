@@ -28,6 +28,7 @@ FRESH = [
     "blow-up: factorial ratio",
     "blow-up: different roots",
     "blow-up: binomial",
+    "chain: inverse of letters",
     "symbolic: hard integral",
     "symbolic: long product",
     "symbolic: set of a hard inequality",

@@ -210,6 +210,8 @@ EQUAL = [
     (r"\text{no real solutions}", r"\text{no solution}"),
     # names, units, angles, words for numbers
     ("f'(x) = 2x", "2x"),
+    ("f(x, y) = x+y", "x+y"),
+    ("u(t) = e^{-t}", "e^{-t}"),
     (r"\frac{dy}{dx} = 2x", "2x"),
     ("f^{-1}(x) = x-1", "x-1"),
     ("A(1,2)", "(1,2)"),

@@ -154,10 +154,14 @@ def is_name(node: Node) -> bool:
     match node:
         case Symbol() | Text():
             return True
+        case Product((Symbol(), Symbol("t"))):
+            return True
         case Product((Symbol(name), Symbol() | Constant())):
             return name.rstrip("'") in _FUNCTION_NAMES or _is_measure(node)
         case Product((Power(Symbol(name), _), Symbol())):
             return name in _FUNCTION_NAMES
+        case Product((Symbol(name), Bracketed("(", ")", items))):
+            return name in _FUNCTION_NAMES and all(isinstance(item, Symbol) for item in items)
         case Quotient(Product((Symbol("d"), Symbol())), Product((Symbol("d"), Symbol()))):
             return True
         case Product(factors):

@@ -136,6 +136,9 @@ class Builder:
         body = self.build(node.body)
         self.bound = outer
         match node.name, bounds:
+            case "sum", [lower, sp.oo]:
+                value = _geometric_series(body, variable, lower)
+                return sp.Sum(body, (variable, lower, sp.oo)) if value is None else value
             case "sum", [lower, upper]:
                 return sp.Sum(body, (variable, lower, upper))
             case "prod", [lower, upper]:
@@ -145,6 +148,17 @@ class Builder:
             case "lim", [target]:
                 return sp.Limit(body, variable, target, "-" if target == sp.oo else "+-")
         raise NotBuilt("an antiderivative is not unique")
+
+
+def _geometric_series(body: Any, variable: Any, lower: Any) -> Any | None:
+    """Return the value of an infinite geometric series; None for another one.
+
+    sympy takes such a series for a hypergeometric one, whose formulas a worker cannot load.
+    """
+    ratio = sp.powsimp(body.subs(variable, variable + 1) / body)
+    if not ratio.is_Rational or not 0 < abs(ratio) < 1:
+        return None
+    return body.subs(variable, lower) / (1 - ratio)
 
 
 def _power(base: Any, exponent: Any) -> Any:

@@ -41,12 +41,9 @@ _LATE_MODULES = (
     "sets.setexpr",
 )
 """What sympy imports at first use, which a worker cannot."""
-_NEVER_BUILT = {
-    "sympy.physics.units": ("Quantity", "Unit"),
-    "sympy.tensor.tensor": ("TensAdd", "TensExpr"),
-}
-"""Classes that sympy loads only to ask whether a value is one of them. No answer builds them, so
-empty ones stand in: loading the real ones is a fifth of the start."""
+_NEVER_BUILT = ("sympy.physics.units", "sympy.tensor.tensor")
+"""Modules whose classes sympy loads only to ask whether a value is one of them. No answer builds
+them, so empty ones stand in: loading the real ones is a fifth of the start."""
 _WARM_UP = (
     (r"\sum_{k=1}^{n} k^2", r"\frac{n(n+1)(2n+1)}{6}"),
     (r"\lim_{x\to 0} \frac{\sin x}{x}", "1"),
@@ -58,12 +55,21 @@ _WARM_UP = (
 _STOPPED = Outcome(None, STOPPED)
 
 
+class _StandIn(ModuleType):
+    """A module of empty classes, made as they are asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = type(name, (Basic,), {})
+        setattr(self, name, made)
+        return made
+
+
 def warm_up() -> None:
     """Import what comparisons need and run a few."""
-    for name, classes in _NEVER_BUILT.items():
-        module = ModuleType(name)
-        vars(module).update({word: type(word, (Basic,), {}) for word in classes})
-        sys.modules.setdefault(name, module)
+    for name in _NEVER_BUILT:
+        sys.modules.setdefault(name, _StandIn(name))
     for name in _LATE_MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(f"sympy.{name}")
