@@ -94,7 +94,7 @@ void group_advantages(const AdvantageArgs& args) {
     double advantage = 0;
     if (groups.contains(i)) {
       advantage = centered(groups.of(i), args.rewards[i], args.center);
-      if (args.scale != Scale::kNone) advantage /= scales.of(i).deviation(args.ddof) + args.eps;
+      if (args.scale != Scale::kNone && advantage != 0) advantage /= scales.of(i).deviation(args.ddof) + args.eps;
     }
     args.out[i] = static_cast<float>(advantage);
   }

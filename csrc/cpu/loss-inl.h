@@ -104,7 +104,9 @@ EAPO_INLINE F log_positive(F x) {
 }
 
 // Rows that one call of a parallel body takes on.
-inline int64_t loss_grain(int64_t width) { return std::max<int64_t>(1, (1 << 15) / width); }
+inline int64_t loss_grain(int64_t width) {
+  return std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, width));
+}
 
 // y of a block, padded with -inf to whole vectors.
 struct Block {

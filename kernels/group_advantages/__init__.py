@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from eapo_fast import _core
-from eapo_fast.errors import suggest
+from eapo_fast.errors import NonFiniteError, suggest
 from eapo_fast.kernels.backend import choose_backend
-from eapo_fast.kernels.checks import FLAGS, FLOATS, INTEGERS, check_tensor, compute_dtype
+from eapo_fast.kernels.checks import (
+    FLAGS,
+    FLOATS,
+    INTEGERS,
+    check_tensor,
+    compute_dtype,
+    may_look,
+    refuse_transforms,
+)
 from eapo_fast.kernels.group_advantages import reference
 from eapo_fast.kernels.native import cpu_refusal, cuda_refusal, triton_refusal
 from eapo_fast.recipes.recipe import CENTERS, SCALES
@@ -58,7 +66,8 @@ def group_advantages(
             "triton"; the last two run when they are named.
 
     A group of one has center 0 and std 1; a constant group gives exactly 0. Raises `ValueError`
-    for arguments that do not fit and for a backend that cannot run here.
+    for arguments that do not fit and for a backend that cannot run here; `NonFiniteError`, on a
+    CPU, for the reward of a valid rollout that is not finite.
     """
     _check(rewards, group_ids, center, scale, lengths, eps, ddof, valid)
     rewards = rewards.detach().to(compute_dtype(rewards.dtype))
@@ -153,6 +162,7 @@ def _check(
     valid: Tensor | None,
 ) -> None:
     check_tensor("rewards", rewards, ["S"], FLOATS)
+    refuse_transforms("rewards", rewards)
     rollouts, device = rewards.shape[0], rewards.device
     check_tensor("group_ids", group_ids, [rollouts], INTEGERS, device)
     for name, value, allowed in (("center", center, CENTERS), ("scale", scale, SCALES)):
@@ -161,13 +171,30 @@ def _check(
             raise ValueError(
                 f"{name}: got {value!r}, allowed is one of {words}.{suggest(str(value), allowed)}"
             )
-    if ddof not in (0, 1):
+    if isinstance(ddof, bool) or ddof not in (0, 1):
         raise ValueError(f"ddof: got {ddof!r}, allowed is 0 or 1")
-    if not eps >= 0:
-        raise ValueError(f"eps: got {eps!r}, allowed is 0 or more")
+    if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
+        raise ValueError(f"eps: got {eps!r}, allowed is a finite number of 0 or more")
     if lengths is not None:
         check_tensor("lengths", lengths, [rollouts], INTEGERS, device)
+        if may_look(lengths) and bool((lengths < 0).any()):
+            at = int((lengths < 0).nonzero()[0])
+            raise ValueError(f"lengths: entry {at} is {int(lengths[at])}, allowed is 0 or more")
     elif center == "length":
         raise ValueError("lengths: center 'length' weights by the policy tokens of each rollout")
     if valid is not None:
         check_tensor("valid", valid, [rollouts], FLAGS, device)
+    if may_look(rewards):
+        _check_finite(rewards, valid)
+
+
+def _check_finite(rewards: Tensor, valid: Tensor | None) -> None:
+    bad = ~torch.isfinite(rewards)
+    if valid is not None:
+        bad &= valid != 0
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise NonFiniteError(
+            f"rewards: entry {at} is {rewards[at].item()} ({int(bad.sum())} such entries), and so "
+            "would be its whole group; say by `valid` which rollouts have no reward"
+        )

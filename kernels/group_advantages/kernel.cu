@@ -74,6 +74,10 @@ __global__ void advantages(AdvantageArgs args) {
   }
   const Statistics group = statistics(args, rollout, false);
   double advantage = centered(group, args.rewards[rollout], args.center);
+  if (advantage == 0) {  // also where the deviation and eps are
+    args.out[rollout] = 0;
+    return;
+  }
   if (args.scale == Scale::kGroupStd) advantage /= group.deviation(args.ddof) + args.eps;
   if (args.scale == Scale::kBatchStd)
     advantage /= statistics(args, rollout, true).deviation(args.ddof) + args.eps;

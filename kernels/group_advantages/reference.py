@@ -34,12 +34,13 @@ def group_advantages(
     valid: Tensor | None,
 ) -> Tensor:
     """Return advantages [S] in the dtype of `rewards`; arguments are checked by the caller."""
+    wide = rewards.double()  # squares of large rewards leave float32
     if valid is None:
-        return _advantages(rewards, group_ids, center, scale, lengths, eps, ddof)
+        return _advantages(wide, group_ids, center, scale, lengths, eps, ddof).to(rewards.dtype)
     rows = valid.nonzero().squeeze(-1)
     kept_lengths = None if lengths is None else lengths[rows]
-    kept = _advantages(rewards[rows], group_ids[rows], center, scale, kept_lengths, eps, ddof)
-    return torch.zeros_like(rewards).index_copy_(0, rows, kept)
+    kept = _advantages(wide[rows], group_ids[rows], center, scale, kept_lengths, eps, ddof)
+    return torch.zeros_like(rewards).index_copy_(0, rows, kept.to(rewards.dtype))
 
 
 def group_statistics(
@@ -79,7 +80,7 @@ def _advantages(
         deviation = _std(excess, groups, ddof)
     else:
         deviation = _std(rewards - rewards.min(), _Groups(torch.zeros_like(group_ids)), ddof)
-    return advantages / (deviation + eps)
+    return torch.where(advantages == 0, 0.0, advantages / (deviation + eps))
 
 
 def _centered(

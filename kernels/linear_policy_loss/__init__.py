@@ -7,11 +7,16 @@ from torch import Tensor
 
 from eapo_fast.errors import suggest
 from eapo_fast.kernels.backend import choose_backend
-from eapo_fast.kernels.checks import FLOATS, check_tensor
+from eapo_fast.kernels.checks import FLOATS, check_tensor, refuse_transforms
 from eapo_fast.kernels.linear_policy_loss import operator
 from eapo_fast.kernels.linear_policy_loss.plans import PLANS
-from eapo_fast.kernels.linear_token_stats import ON_REQUEST, REFUSALS, check_head
-from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch
+from eapo_fast.kernels.linear_token_stats import ON_REQUEST, REFUSALS, autocast_head, check_head
+from eapo_fast.kernels.policy_loss.batch import (
+    LossOutput,
+    PolicyBatch,
+    check_constants,
+    check_needs,
+)
 from eapo_fast.recipes import Recipe
 
 __all__ = ["linear_policy_loss"]
@@ -41,7 +46,7 @@ def linear_policy_loss(
 
     Args:
         hidden: [N, H] states that predict `targets`; float32, float64, bfloat16 or float16.
-        weight: [V, H] in the dtype of `hidden`.
+        weight: [V, H] in the dtype of `hidden`; autocast rounds it to that.
         targets: [N] token ids.
         batch: what the policy loss needs, N rows of S sequences; see `PolicyBatch`.
         recipe: what to compute; see `Recipe`.
@@ -56,17 +61,23 @@ def linear_policy_loss(
             looks at, else "scale" where it can be had, else "prepass". All give the same.
 
     Raises `ValueError` for arguments that do not fit and for a backend that cannot run here;
-    `NonFiniteError`, on a CPU, for a token whose logits are not finite. On a GPU the loss is NaN
-    then, and `LossOutput.check` raises.
+    `NonFiniteError`, on a CPU, for a token whose logits, or what `batch` says about it, are not
+    finite. On a GPU the loss is NaN then, and `LossOutput.check` raises.
     """
     check_tensor("hidden", hidden, ["N", "H"], FLOATS)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe: got {recipe!r}, a Recipe is needed; see recipes.get(name)")
+    refuse_transforms("hidden", hidden)
+    weight = autocast_head(hidden, weight)
     check_head(hidden, weight, targets, bias, temperature, softcap, vocab_size, banned, chunk_size)
     if plan not in PLANS:
         allowed = ", ".join(PLANS)
-        raise ValueError(f"plan: got {plan!r}, allowed is one of {allowed}.{suggest(plan, PLANS)}")
+        raise ValueError(
+            f"plan: got {plan!r}, allowed is one of {allowed}.{suggest(str(plan), PLANS)}"
+        )
     chosen = choose_backend("linear_policy_loss", backend, REFUSALS, hidden, on_request=ON_REQUEST)
+    check_constants(batch)
+    check_needs(batch, recipe)
     stats = dict(batch.stats or {})
     text = operator.described(recipe)
     dims = " ".join(f"{name}:{values.ndim}" for name, values in stats.items())
@@ -113,4 +124,4 @@ def linear_policy_loss(
 
 
 def _count(given: int | Tensor | None) -> Tensor | None:
-    return torch.tensor(given) if isinstance(given, int) else given
+    return torch.tensor(given) if isinstance(given, (int, float)) else given

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from eapo_fast.kernels import checks
 from eapo_fast.kernels.checks import compute_dtype
+from eapo_fast.kernels.gradient import differentiable_once
 from eapo_fast.kernels.linear_policy_loss.plans import run
 from eapo_fast.kernels.linear_token_stats.cpu import CpuHead
 from eapo_fast.kernels.linear_token_stats.finite import check_finite, first_bad
@@ -26,6 +26,7 @@ from eapo_fast.kernels.linear_token_stats.operator import (
     filled,
     pair,
 )
+from eapo_fast.kernels.policy_loss import finite
 from eapo_fast.kernels.policy_loss import reference as losses
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch, check_batch
 from eapo_fast.kernels.policy_loss.rows import Rows, trained_rows
@@ -143,6 +144,7 @@ def _gathered(
         found = replace(found, bad_token=first_bad(head.entropy, rows.index))
     of_hidden, of_weight, of_bias = head.gradients()
     head.close()
+    finite.check_finite(found, rows.scatter(head.logprob), rows.scatter(head.entropy), batch)
     if of_hidden is not None and rows.index is not None:
         of_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows.index, of_hidden)
     return found, of_hidden, of_weight, of_bias
@@ -185,6 +187,7 @@ def _on_device(
         found = replace(found, bad_token=first_bad(head.entropy))
     gradients = head.gradients()
     head.close()
+    finite.check_finite(found, head.logprob, head.entropy, batch)
     return found, *gradients
 
 
@@ -215,7 +218,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.stats, ctx.wanted = len(inputs[9]), inputs[-3:]
 
 
-@once_differentiable
+@differentiable_once
 def _gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None, None, None)

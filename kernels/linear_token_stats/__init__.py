@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from eapo_fast.errors import suggest
 from eapo_fast.kernels.backend import Refusal, choose_backend
-from eapo_fast.kernels.checks import FLOATS, INTEGERS, check_tensor
+from eapo_fast.kernels.checks import (
+    FLOATS,
+    INTEGERS,
+    check_integer,
+    check_positive,
+    check_tensor,
+)
 from eapo_fast.kernels.linear_token_stats.finite import (
     NonFiniteError,
     first_bad,
@@ -26,6 +33,7 @@ __all__ = [
     "REFUSALS",
     "NonFiniteError",
     "TokenStats",
+    "autocast_head",
     "check_head",
     "linear_token_stats",
 ]
@@ -84,8 +92,9 @@ def linear_token_stats(
 
     Args:
         hidden: [N, H] float32, float64, bfloat16 or float16.
-        weight: [V, H] in the dtype of `hidden`. Products and sums are float32 (float64 for
-            float64), the gradient of the weight is rounded once, after the last row.
+        weight: [V, H] in the dtype of `hidden`; autocast rounds it to that. Products and sums are
+            float32 (float64 for float64), the gradient of the weight is rounded once, after the
+            last row.
         targets: [N] token ids.
         bias: [V]; -inf bans a token.
         temperature: above 0.
@@ -105,6 +114,7 @@ def linear_token_stats(
     `NonFiniteError`, on a CPU, for a token whose logits are not finite; on a GPU its row is NaN,
     and `TokenStats.check` raises.
     """
+    weight = autocast_head(hidden, weight)
     check_head(hidden, weight, targets, bias, temperature, softcap, vocab_size, banned, chunk_size)
     for extra in extras:
         if extra not in EXTRAS:
@@ -140,6 +150,16 @@ def linear_token_stats(
     return TokenStats(logprob=logprob, entropy=entropy, extras=named)
 
 
+def autocast_head(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return the weight in the dtype of `hidden` where autocast would round it for a product."""
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
+        return weight
+    kind = hidden.device.type
+    if hidden.dtype != weight.dtype and torch.is_autocast_enabled(kind):
+        return weight.to(hidden.dtype) if hidden.dtype == torch.get_autocast_dtype(kind) else weight
+    return weight
+
+
 def check_head(
     hidden: Tensor,
     weight: Tensor,
@@ -158,17 +178,23 @@ def check_head(
     check_tensor("weight", weight, ["V", width], [hidden.dtype], device)
     if bias is not None:
         check_tensor("bias", bias, [len(weight)], FLOATS, device)
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: got {temperature!r}, allowed is a finite number above 0")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: got {softcap!r}, allowed is a number above 0, or None")
-    vocab = len(weight) if vocab_size is None else vocab_size
-    if not 0 < vocab <= len(weight):
-        raise ValueError(f"vocab_size: got {vocab_size!r}, allowed is 1 to {len(weight)} (weight)")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: got {chunk_size!r}, allowed is 1 or more rows, or None")
+    if not width:
+        raise ValueError("hidden: got shape [N, 0], allowed is a width of 1 or more")
+    check_positive("temperature", temperature)
+    check_positive("softcap", softcap, optional=True)
+    if not len(weight):
+        raise ValueError("weight: got an empty vocabulary, allowed is one row or more")
+    if vocab_size is not None:
+        check_integer("vocab_size", vocab_size, f"1 to {len(weight)} (weight)", 1, len(weight))
+    if chunk_size is not None:
+        check_integer("chunk_size", chunk_size, "1 or more rows, or None", 1)
     if banned is not None:
-        if len(banned) != 2:
-            raise ValueError(f"banned: got {len(banned)} items, allowed is a pair (rows, ids)")
+        if not isinstance(banned, (tuple, list)) or len(banned) != 2:
+            what = (
+                f"{len(banned)} items"
+                if isinstance(banned, (tuple, list))
+                else type(banned).__name__
+            )
+            raise ValueError(f"banned: got {what}, allowed is a pair (rows, ids)")
         check_tensor("banned rows", banned[0], ["B"], INTEGERS, device)
         check_tensor("banned ids", banned[1], list(banned[0].shape), INTEGERS, device)

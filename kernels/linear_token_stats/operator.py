@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from eapo_fast import _core
 from eapo_fast.kernels.checks import check_range, compute_dtype
+from eapo_fast.kernels.gradient import differentiable_once
 from eapo_fast.kernels.linear_token_stats import reference
 from eapo_fast.kernels.linear_token_stats.coefficients import Coefficients, spans
 from eapo_fast.kernels.linear_token_stats.cpu import CpuHead
@@ -164,7 +164,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.chunk_size, ctx.backend = inputs[10:12]
 
 
-@once_differentiable
+@differentiable_once
 def _backward(ctx: Any, a: Tensor | None, b: Tensor | None, *_: None) -> tuple[Any, ...]:
     if a is None and b is None:
         return (None,) * 15

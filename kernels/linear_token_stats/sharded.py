@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from eapo_fast import _core
 from eapo_fast.kernels.checks import FLOATS, INTEGERS, check_tensor
+from eapo_fast.kernels.gradient import differentiable_once
 from eapo_fast.kernels.linear_token_stats import TokenStats, check_head
 from eapo_fast.kernels.linear_token_stats.coefficients import Coefficients, spans
 from eapo_fast.kernels.linear_token_stats.cpu import CpuHead
@@ -130,7 +130,7 @@ class _Sharded(Function):
         return (target - top - mass.log()).float(), entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, state = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]

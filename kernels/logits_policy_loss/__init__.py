@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from eapo_fast.kernels.backend import choose_backend
-from eapo_fast.kernels.checks import FLOATS, INTEGERS, check_tensor
+from eapo_fast.kernels.checks import (
+    FLOATS,
+    INTEGERS,
+    check_positive,
+    check_tensor,
+    refuse_transforms,
+)
 from eapo_fast.kernels.logits_policy_loss import cpu, reference
 from eapo_fast.kernels.policy_loss.batch import (
     LossOutput,
@@ -44,7 +48,8 @@ def logits_policy_loss(
         recipe: what to compute; see `Recipe`.
         temperature: above 0.
         in_place: whether backend "cpu" may overwrite `logits` with their gradient, which saves
-            their size in memory; nothing else may read them afterwards (autograd notices who does).
+            their size in memory; nothing else may read them afterwards (autograd notices who does),
+            also after an error. They must be the result of a computation: no leaf of autograd.
         backend: "cpu" (float32 and bfloat16: one pass over memory for recipes that look at single
             tokens, two for others) or "reference". "auto": "cpu" where it can.
 
@@ -54,10 +59,12 @@ def logits_policy_loss(
     check_tensor("logits", logits, ["N", "V"], FLOATS)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe: got {recipe!r}, a Recipe is needed; see recipes.get(name)")
+    refuse_transforms("logits", logits)
     rows, vocab = logits.shape
+    if not vocab:
+        raise ValueError("logits: got an empty vocabulary, allowed is one column or more")
     check_tensor("targets", targets, [rows], INTEGERS, logits.device)
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: got {temperature!r}, allowed is a finite number above 0")
+    check_positive("temperature", temperature)
     check_constants(batch)
     refusals = {"cpu": cpu.refusal}
     chosen = choose_backend("logits_policy_loss", backend, refusals, logits, recipe)
@@ -66,8 +73,20 @@ def logits_policy_loss(
         if logits.device.type == "cpu":
             _check_targets(targets, batch.mask, vocab)
     if chosen == "cpu":
-        return cpu.logits_policy_loss(logits, targets, batch, recipe, temperature, in_place)
-    return reference.logits_policy_loss(logits, targets, batch, recipe, temperature)
+        if in_place:
+            _check_writable(logits)
+        return cpu.logits_policy_loss(logits, targets, batch, recipe, float(temperature), in_place)
+    return reference.logits_policy_loss(logits, targets, batch, recipe, float(temperature))
+
+
+def _check_writable(logits: Tensor) -> None:
+    """Raise `ValueError` for logits whose own values are what is to be trained."""
+    base = logits if logits._base is None else logits._base
+    if base.requires_grad and base.is_leaf and torch.is_grad_enabled():
+        raise ValueError(
+            "in_place: logits are, or are a view of, a leaf that requires a gradient, and would "
+            "be overwritten with it; use in_place=False"
+        )
 
 
 def _check_targets(targets: Tensor, mask: Tensor | None, vocab: int) -> None:

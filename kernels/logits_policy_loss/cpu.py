@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from eapo_fast import _core
+from eapo_fast.kernels.gradient import differentiable_once
 from eapo_fast.kernels.logits_policy_loss.finite import check_finite
 from eapo_fast.kernels.native import follow_torch_threads
 from eapo_fast.kernels.policy_loss import compiled, operator
@@ -53,13 +53,13 @@ def logits_policy_loss(
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return _read(source, ids, batch, recipe, temperature)[0]
     copied = source.data_ptr() != logits.data_ptr()
+    if in_place and not copied:  # before anything can fail: from here on they may hold anything
+        torch.autograd.graph.increment_version(logits)
     room = source if in_place or copied else torch.empty_like(source)
     if compiled.refusal(source, recipe) is None:
         found = _one_pass(source, ids, batch, recipe, temperature, room)
     else:
         found = _two_passes(source, ids, batch, recipe, temperature, room)
-    if in_place and not copied:
-        torch.autograd.graph.increment_version(logits)
     loss: Tensor = _Known.apply(found.loss, logits, room)  # type: ignore[no-untyped-call]
     return replace(found, loss=loss)
 
@@ -200,7 +200,7 @@ class _Known(Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return None, gradient if upstream == 1 else gradient * upstream.to(gradient.dtype), None
+        return None, gradient if upstream == 1 else gradient * upstream, None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from eapo_fast.kernels.backend import choose_backend
-from eapo_fast.kernels.checks import FLOATS, check_tensor, compute_dtype
+from eapo_fast.kernels.checks import FLOATS, check_tensor, compute_dtype, refuse_transforms
 from eapo_fast.kernels.gradient import attach_gradient
 from eapo_fast.kernels.native import GPU_STORAGE, triton_refusal
 from eapo_fast.kernels.policy_loss import compiled, operator
@@ -21,6 +21,7 @@ from eapo_fast.kernels.policy_loss.batch import (
     check_batch,
     check_constants,
 )
+from eapo_fast.kernels.policy_loss.finite import check_inputs
 from eapo_fast.kernels.policy_loss.metrics import metric_names
 from eapo_fast.kernels.policy_loss.rows import trained_rows
 from eapo_fast.kernels.policy_loss.statistics import resolve
@@ -77,8 +78,8 @@ def policy_loss(
     With the counts given, losses, gradients and metrics of the parts of a batch (cut between
     sequences) add up to those of the whole; metrics that end in `_max` are maxima instead. A batch
     without a masked-in token has loss 0. Raises `ValueError` for arguments that do not fit, for a
-    part of a batch whose recipe needs `policy_statistics` of the whole, and (on a CPU) for a loss
-    that is not finite, with the index of the token.
+    part of a batch whose recipe needs `policy_statistics` of the whole, and (on a CPU, as
+    `NonFiniteError`) for a loss or a metric that is no number, with the index of the token.
     """
     check_tensor("logprob", logprob, ["N"], FLOATS)
     if entropy is not None:
@@ -96,6 +97,7 @@ def policy_loss(
         num_sequences=num_sequences,
     )
     check_constants(batch)
+    refuse_transforms("logprob", logprob)
     truncated = _read(recipe, entropy, batch)
     chosen = choose_backend(
         "policy_loss",
@@ -180,7 +182,7 @@ recipe_text: Callable[[Recipe], str] = torch.compiler.assume_constant_result(_re
 
 
 def _count(given: int | Tensor | None) -> Tensor | None:
-    return torch.tensor(given) if isinstance(given, int) else given
+    return torch.tensor(given) if isinstance(given, (int, float)) else given
 
 
 @torch.no_grad()
@@ -203,6 +205,10 @@ def policy_statistics(
     that makes losses and gradients of the parts add up to those of the batch.
     """
     check_tensor("logprob", logprob, ["N"], FLOATS)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe: got {recipe!r}, a Recipe is needed; see recipes.get(name)")
+    if entropy is not None:
+        check_tensor("entropy", entropy, list(logprob.shape), FLOATS, logprob.device)
     batch = PolicyBatch(
         old_logprob=old_logprob,
         advantages=advantages,
@@ -210,8 +216,10 @@ def policy_statistics(
         mask=mask,
         stats=stats,
     )
+    check_constants(batch)
     check_batch(batch, recipe.replace(beta=0.0), len(logprob), logprob.device)
     truncated = _read(recipe, entropy, batch)
+    check_inputs(logprob, entropy, batch, possible=("logprob", "stats['max_logprob']"))
     dtype = compute_dtype(logprob.dtype)
     rows = trained_rows(batch, recipe, dtype)
     own = [None if x is None else rows.gather(x).to(dtype) for x in (logprob, entropy, truncated)]

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 
 import torch
 from torch import Tensor
 
 from eapo_fast.errors import NonFiniteError, suggest
-from eapo_fast.kernels.checks import FLAGS, FLOATS, INTEGERS, check_cu_seqlens, check_tensor
+from eapo_fast.kernels.checks import (
+    FLAGS,
+    FLOATS,
+    INTEGERS,
+    check_cu_seqlens,
+    check_tensor,
+    check_total,
+)
 from eapo_fast.kernels.linear_token_stats.finite import no_distribution
 from eapo_fast.recipes import Recipe
 
@@ -114,23 +122,29 @@ def check_batch(batch: PolicyBatch, recipe: Recipe, rows: int, device: torch.dev
         check_tensor("mask", batch.mask, [rows], FLAGS, device)
     if batch.ref_logprob is not None:
         check_tensor("ref_logprob", batch.ref_logprob, [rows], FLOATS, device)
-    elif recipe.beta > 0:
-        raise ValueError(f"ref_logprob: recipe {recipe.name!r} has beta {recipe.beta:g}; pass it")
-    _check_stats(batch.stats or {}, recipe, rows, device)
+    check_needs(batch, recipe)
+    _check_stats(batch.stats or {}, rows, device)
 
 
 def check_constants(batch: PolicyBatch) -> None:
-    """Raise `ValueError` for what is no tensor, or wants a gradient that no loss has for it."""
+    """Raise `ValueError` for what is no batch of tensors, or wants a gradient that no loss has."""
+    if not isinstance(batch, PolicyBatch):
+        raise ValueError(f"batch: got {type(batch).__name__}, a PolicyBatch is needed")
+    if not isinstance(batch.stats, (Mapping, NoneType)):
+        raise ValueError(
+            f"stats: got {type(batch.stats).__name__}, a mapping from names to tensors is needed"
+        )
     given = {
         "old_logprob": batch.old_logprob,
         "advantages": batch.advantages,
         "cu_seqlens": batch.cu_seqlens,
         "mask": batch.mask,
         "ref_logprob": batch.ref_logprob,
+        "group_ids": batch.group_ids,
         **{f"stats[{name!r}]": values for name, values in (batch.stats or {}).items()},
     }
     for name, values in given.items():
-        if values is None and name in ("mask", "ref_logprob"):
+        if values is None and name in ("mask", "ref_logprob", "group_ids"):
             continue
         if not isinstance(values, Tensor):
             raise ValueError(f"{name}: got {type(values).__name__}, a torch tensor is needed")
@@ -138,16 +152,32 @@ def check_constants(batch: PolicyBatch) -> None:
             raise ValueError(
                 f"{name}: requires a gradient, and the loss has none for it; pass {name}.detach()"
             )
-
-
-def _check_stats(
-    stats: Mapping[str, Tensor], recipe: Recipe, rows: int, device: torch.device
-) -> None:
-    for name, values in stats.items():
-        label = f"stats[{name!r}]"
+    for name in batch.stats or {}:
         if name not in STATS:
             allowed = ", ".join(STATS)
             raise ValueError(f"stats: got {name!r}, known: {allowed}.{suggest(str(name), STATS)}")
+    check_total("num_tokens", batch.num_tokens)
+    check_total("num_sequences", batch.num_sequences)
+    if batch.group_ids is not None:
+        check_tensor("cu_seqlens", batch.cu_seqlens, ["S+1"], INTEGERS)
+        sequences, device = len(batch.cu_seqlens) - 1, batch.cu_seqlens.device
+        check_tensor("group_ids", batch.group_ids, [sequences], INTEGERS, device)
+
+
+def check_needs(batch: PolicyBatch, recipe: Recipe) -> None:
+    """Raise `ValueError` unless what `recipe` reads is there; see `check_batch`."""
+    if batch.ref_logprob is None and recipe.beta > 0:
+        raise ValueError(f"ref_logprob: recipe {recipe.name!r} has beta {recipe.beta:g}; pass it")
+    stats = batch.stats or {}
+    for name in recipe.stats:
+        known = name in stats or (name == "old_entropy" and "reweighting" in stats)
+        if not known and name != "truncated_entropy":
+            raise ValueError(f"stats: recipe {recipe.name!r} reads {name!r}; pass it")
+
+
+def _check_stats(stats: Mapping[str, Tensor], rows: int, device: torch.device) -> None:
+    for name, values in stats.items():
+        label = f"stats[{name!r}]"
         dtypes = {"selected": FLAGS, "step": INTEGERS}.get(name, FLOATS)
         if name == "entropy_history":
             check_tensor(label, values, ["K"], dtypes, device)
@@ -157,7 +187,3 @@ def _check_stats(
             check_tensor(label, values, [], dtypes, device)
         else:
             check_tensor(label, values, [rows], dtypes, device)
-    for name in recipe.stats:
-        known = name in stats or (name == "old_entropy" and "reweighting" in stats)
-        if not known and name != "truncated_entropy":
-            raise ValueError(f"stats: recipe {recipe.name!r} reads {name!r}; pass it")

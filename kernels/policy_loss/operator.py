@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from eapo_fast.kernels import checks
 from eapo_fast.kernels.checks import compute_dtype
+from eapo_fast.kernels.gradient import differentiable_once
 from eapo_fast.kernels.policy_loss import compiled, reference
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch, check_batch
 from eapo_fast.kernels.policy_loss.finite import check_finite
@@ -128,7 +128,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(*output[2:5])
 
 
-@once_differentiable
+@differentiable_once
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
     grads: list[Tensor | None] = [None, None, None]
     if upstream is not None:

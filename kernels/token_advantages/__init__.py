@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from eapo_fast.errors import NonFiniteError
 from eapo_fast.kernels.backend import Refusal, choose_backend
 from eapo_fast.kernels.checks import (
     FLAGS,
     FLOATS,
+    INTEGERS,
     check_cu_seqlens,
     check_tensor,
     compute_dtype,
+    may_look,
 )
 from eapo_fast.kernels.token_advantages import reference
 
@@ -47,10 +50,11 @@ def token_advantages(
             REINFORCE++, where only padding is masked; False: it passes over them.
         backend: "auto" or "reference".
 
-    Raises `ValueError` for arguments that do not fit.
+    Raises `ValueError` for arguments that do not fit; `NonFiniteError`, on a CPU, where a reward
+    that counts is not finite.
     """
     check_tensor("rewards", rewards, ["S or N"], FLOATS)
-    check_tensor("cu_seqlens", cu_seqlens, ["S+1"], (cu_seqlens.dtype,), rewards.device)
+    check_tensor("cu_seqlens", cu_seqlens, ["S+1"], INTEGERS, rewards.device)
     sequences = len(cu_seqlens) - 1
     rows = len(rewards) if mask is None else len(mask)
     if mask is None and len(rewards) == sequences:
@@ -63,15 +67,28 @@ def token_advantages(
             f"rewards: got {len(rewards)} values, allowed is one a sequence ({sequences}) or one a "
             f"token ({rows})"
         )
-    if not 0 <= gamma <= 1:
+    if not isinstance(gamma, (int, float)) or not 0 <= gamma <= 1:
         raise ValueError(f"gamma: got {gamma!r}, allowed is 0 to 1")
     choose_backend("token_advantages", backend, _REFUSALS, rewards)
-    return reference.token_advantages(
-        rewards.detach().to(compute_dtype(rewards.dtype)),
+    found = reference.token_advantages(
+        rewards.detach().double(),  # squares of large returns leave float32
         cu_seqlens.long(),
         rows,
         mask=None if mask is None else mask != 0,
         gamma=float(gamma),
         whiten=whiten,
         restart=restart,
+    )
+    _check_finite(found, rewards)
+    return found.to(compute_dtype(rewards.dtype))
+
+
+def _check_finite(found: Tensor, rewards: Tensor) -> None:
+    if not may_look(found) or found.isfinite().all():
+        return
+    bad = ~rewards.isfinite()
+    at = int(bad.nonzero()[0]) if bad.any() else 0
+    raise NonFiniteError(
+        f"rewards: entry {at} is {rewards[at].item()}, and the advantages are no numbers; mask "
+        "such tokens out, or find where they come from"
     )

@@ -6,6 +6,7 @@ Values are looked at only on the CPU, so that no check makes a GPU wait.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
 FLAGS = (torch.bool, torch.uint8, torch.int64, torch.int32, *FLOATS)
+_TINY, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -70,3 +72,47 @@ def check_range(name: str, values: Tensor, stop: int) -> None:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= stop:
         raise ValueError(f"{name}: got values from {low} to {high}, allowed is 0 to {stop - 1}")
+
+
+def check_positive(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raise `ValueError` unless `value` is a number above 0 that float32 holds; or None."""
+    if value is None and optional:
+        return
+    number = hasattr(value, "__float__")  # of Python, of numpy, or a tensor with one
+    if not number or not _TINY <= value <= _MOST:
+        more = ", or None" if optional else ""
+        raise ValueError(f"{name}: got {value!r}, allowed is a finite number above 0{more}")
+
+
+def check_integer(name: str, value: Any, allowed: str, low: int, high: int | None = None) -> None:
+    """Raise `ValueError` unless `value` is an integer from `low` to `high`; `allowed` says so."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: got {value!r}, allowed is {allowed}")
+
+
+def check_total(name: str, given: Any) -> None:
+    """Raise `ValueError` unless `given` is None, a number of 0 or more, or a tensor with one."""
+    if given is None:
+        return
+    value = given
+    if isinstance(given, Tensor):
+        if given.ndim:
+            raise ValueError(f"{name}: got shape {list(given.shape)}, allowed is [], one number")
+        if torch.compiler.is_compiling() or type(given) is not Tensor or not may_look(given):
+            return
+        value = given.item()
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: got {given!r}, allowed is a number of 0 or more, or None")
+
+
+def refuse_transforms(name: str, tensor: Any) -> None:
+    """Raise `ValueError` for a tensor inside of a transform of torch.func."""
+    if torch.compiler.is_compiling() or not isinstance(tensor, Tensor):
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise ValueError(
+            f"{name}: got a tensor of a torch.func transform (grad, vmap, jvp, ...), which this op "
+            "does not support; call it outside, and use torch.autograd for gradients"
+        )
