@@ -78,7 +78,7 @@ class Results:
             torch.empty(_core.POLICY_SUMS, dtype=torch.float64),
         )
 
-    def arguments(self) -> dict[str, Tensor | None]:
+    def arguments(self) -> dict[str, Any]:
         """Return them by the names that the kernels use."""
         return {"a": self.a, "b": self.b, "token_loss": self.token_loss, "sums": self.sums}
 
