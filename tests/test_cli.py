@@ -178,7 +178,9 @@ def test_train_refuses_bad_overrides_in_one_line(run_file, capsys, words, messag
         pytest.param(["--expert-record", "f"], "need --assisted", id="solo-with-record"),
         pytest.param(["--assisted"], "needs an expert", id="assisted-without"),
         pytest.param(["--method", "workflow"], "needs an expert", id="workflow-without"),
-        pytest.param(["--assisted", "--expert", "local"], "model is missing", id="local-without"),
+        pytest.param(
+            ["--assisted", "--expert", "local"], "needs its directory", id="local-without"
+        ),
     ],
 )
 def test_eval_refuses_contradictions(capsys, words, message):
