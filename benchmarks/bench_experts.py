@@ -248,7 +248,7 @@ def lognormal_expert(seed: int, scale: float) -> Function:
     return Function(answer)
 
 
-def overlap(rollouts: int = ROLLOUTS, tokens: int = TOKENS, repeats: int = 3) -> dict[str, Any]:
+def overlap(rollouts: int = ROLLOUTS, tokens: int = TOKENS, repeats: int = 7) -> dict[str, Any]:
     """Tokens a second with a slow expert as a share of those with an instant one.
 
     `aside` leaves out the time in which no rollout could decode and the rest of the run after the
@@ -260,7 +260,8 @@ def overlap(rollouts: int = ROLLOUTS, tokens: int = TOKENS, repeats: int = 3) ->
         place = random.Random(repeat)
         at = {seq: place.randint(8, tokens // 2) for seq in range(rollouts)}
         rates = {}
-        for name, scale in (("instant", 0.0), ("slow", SCALE)):
+        pair = [("instant", 0.0), ("slow", SCALE)]
+        for name, scale in pair if repeat % 2 == 0 else pair[::-1]:
             expert = lognormal_expert(repeat, scale)
             _, _, forced = collect(expert, rollouts, rollouts // 4, tokens, at.__getitem__)
             rates[name] = forced.rates()
@@ -270,6 +271,7 @@ def overlap(rollouts: int = ROLLOUTS, tokens: int = TOKENS, repeats: int = 3) ->
     return {
         "share_aside": round(statistics.median(s[0] for s in shares), 3),
         "share_whole": round(statistics.median(s[1] for s in shares), 3),
+        "shares_aside": [round(s[0], 3) for s in shares],
         "busy_while_runnable": round(min(busy), 4),
     }
 

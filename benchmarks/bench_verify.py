@@ -259,7 +259,7 @@ def judge(mine: Any, theirs: bool) -> str:
     if mine.correct:
         return "ours is right: the answers are equal, the peer misses a notation or takes another"
     if mine.status == "incorrect":
-        return "ours is right: the peer rounds, or drops a base, a unit or upper case"
+        return "ours is right: the peer rounds, or drops a base, a unit, upper case or a mark"
     return "open: the text has two readings, which we say and the peer does not"
 
 

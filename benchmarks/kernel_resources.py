@@ -3,7 +3,8 @@
     python benchmarks/kernel_resources.py > benchmarks/results/kernel_resources.txt
 
 CUDA: nvcc's report (-Xptxas -v) for sm_80 and sm_90a, and PTX for compute_90. Triton: the kernels
-of the losses, compiled as their host code launches them on a head of Qwen2.5-0.5B's vocabulary.
+of the losses, compiled as their host code launches them on a head of Qwen2.5-0.5B's vocabulary,
+with SIREN's search for a border and the kernel that cuts slabs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,14 +72,29 @@ def triton_lines() -> list[str]:
             launches = losses.launches_of(
                 "eapo", dtype=dtype, vocab=151_936, entropy_coef=0.01, beta=0.1, delta=2.0
             )
+            name = str(dtype).removeprefix("torch.")
             for launch in {triton_aot.variant(x): x for x in launches}.values():
-                found = triton_aot.compiled(launch, capability)
-                lines.append(
-                    f"{launch.name:18} sm_{capability:<7} {found.registers:>4} registers "
-                    f"{found.stack:>4} B stack {found.shared:>22} B shared  "
-                    f"{str(dtype).removeprefix('torch.')}"
-                )
+                lines.append(triton_line(triton_aot, launch, capability, name))
+        cut = losses.launches_of("siren", vocab=151_936, plan="prepass", max_length=100)
+        slabs = losses.launches_of("gspo", vocab=151_936)
+        chosen = [x for x in cut if x.name == "run_rows"]
+        chosen += [x for x in slabs if x.name == "cut_slabs"]
+        for launch in {triton_aot.variant(x): x for x in chosen}.values():
+            rows = launch.name == "run_rows"
+            note = "of a batch"
+            if rows:
+                note = "statistics of siren" if launch.constants["STATISTICS"] else "its gradient"
+            lines.append(triton_line(triton_aot, launch, capability, note))
     return lines
+
+
+def triton_line(aot: Any, launch: Any, capability: int, note: str) -> str:
+    """Compile a launch and return its line."""
+    found = aot.compiled(launch, capability)
+    return (
+        f"{launch.name:18} sm_{capability:<7} {found.registers:>4} registers "
+        f"{found.stack:>4} B stack {found.shared:>22} B shared  {note}"
+    )
 
 
 def main() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -177,7 +178,7 @@ def test_train_refuses_bad_overrides_in_one_line(run_file, capsys, words, messag
         pytest.param(["--expert-record", "f"], "need --assisted", id="solo-with-record"),
         pytest.param(["--assisted"], "needs an expert", id="assisted-without"),
         pytest.param(["--method", "workflow"], "needs an expert", id="workflow-without"),
-        pytest.param(["--assisted", "--expert", "local"], "model is missing", id="local-without"),
+        pytest.param(["--assisted", "--expert", "local"], "--expert-model DIR", id="local-without"),
     ],
 )
 def test_eval_refuses_contradictions(capsys, words, message):
@@ -221,6 +222,18 @@ def test_eval_builds_the_expert_that_was_named(module, words, settings):
     module("eapo_fast.run_config", build_expert=lambda given: given)
     line = ["eval", "--model", "m", "--data", "d", "--assisted", "--expert", *words]
     assert _expert(cli._parser().parse_args(line)) == settings
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [("openai", "--expert-url"), ("local", "--expert-model"), ("recorded", "--expert-replay")],
+)
+def test_what_an_expert_lacks_is_named_as_the_option(kind, option):
+    from eapo_fast.cli_evaluation import _expert
+
+    line = ["eval", "--model", "m", "--data", "d", "--assisted", "--expert", kind]
+    with pytest.raises(ConfigError, match=option):
+        _expert(cli._parser().parse_args(line))
 
 
 def test_table_and_distill_hand_their_options_on(module, tmp_path, capsys):
@@ -297,3 +310,24 @@ def test_info_works_without_torch():
 def test_info_lists_the_environment(capsys):
     assert cli.main(["info", "--env"]) == 0
     assert "`EAPO_FAST_DEBUG`" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    """As in `eapo-fast consults RUN | head -1`."""
+    from eapo_fast.experts.lines import sealed
+
+    line = {
+        "kind": "consult", "id": "1/0/0/0/0", "status": "ok", "query": "q" * 40, "latency": 1.0,
+        "charged": 0.1, "usage": [1, 1, 0.1], "expert": None, "source": "expert", "leak": None,
+        "attempts": [], "detail": "",
+    }  # fmt: skip
+    lines = [sealed({**line, "id": f"1/{i}/0/0/0"}) + "\n" for i in range(3000)]
+    (tmp_path / "consults.jsonl").write_text("".join(lines))
+    command = [sys.executable, "-m", "eapo_fast.cli", "consults", str(tmp_path), "--top", "3000"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert child.stdout.readline().startswith("3000 consults")
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait(30)) == ("", 0)
+    child.stderr.close()

@@ -115,6 +115,7 @@ def linear_token_stats(trial: Trial) -> None:
         a = torch.randn(rows, generator=trial.generator)
         b = torch.randn(rows, generator=trial.generator)
         settings = {"temperature": 0.8, "bias": trial.normal(vocab)}
+        cut = {"extras": ("kept_mass", "truncated_entropy"), "top_p": 0.8, "top_k": 10_000}
         found = []
         for place in ("want", trial.device):
             exact = place == "want"
@@ -123,9 +124,9 @@ def linear_token_stats(trial: Trial) -> None:
             moved = {k: move(v) for k, v in settings.items()}
             inputs = (*leaves, move(targets))
             stats = (
-                ops.linear_token_stats(*inputs, **moved, backend="reference")
+                ops.linear_token_stats(*inputs, **moved, **cut, backend="reference")
                 if exact
-                else trial.call(ops.linear_token_stats, *inputs, **moved)
+                else trial.call(ops.linear_token_stats, *inputs, **moved, **cut)
             )
             loss = (move(a) * stats.logprob).sum() + (move(b) * stats.entropy).sum()
             found.append((stats, torch.autograd.grad(loss, leaves)))
@@ -134,6 +135,8 @@ def linear_token_stats(trial: Trial) -> None:
         for name in ("logprob", "entropy"):
             pair = getattr(got, name), getattr(want, name)
             trial.compare(f"{name}, {size}", *pair, STATISTICS, floor=0.1)
+        for name, exact_extra in want.extras.items():
+            trial.compare(f"{name}, {size}", got.extras[name], exact_extra, STATISTICS, floor=0.1)
         for name, ours, theirs in zip(("hidden", "weight"), gradients, wanted, strict=True):
             trial.compare(f"gradient of {name}, {size}", ours, theirs, GRADIENTS[trial.dtype])
 
@@ -142,7 +145,7 @@ def linear_policy_loss(trial: Trial) -> None:
     """Loss and gradients of recipes of each kind; masked rows hold NaN."""
     from eapo_fast import ops, recipes
 
-    names = ("eapo", "gspo") if trial.small else ("eapo", "cispo", "gspo", "gmpo", "kl_cov")
+    names = ("eapo", "gspo", "siren", "cispo", "gmpo", "kl_cov")[: 3 if trial.small else None]
     sizes = _head_sizes(trial)[1:]
     for index, name in enumerate(names):
         rows, vocab, width = sizes[index % len(sizes)]
@@ -158,8 +161,12 @@ def linear_policy_loss(trial: Trial) -> None:
             "cu_seqlens": torch.tensor([0, *cuts, rows]),
             "mask": mask,
             "ref_logprob": (exact.logprob - noise).float(),
+            "stats": {"anchor": torch.tensor(0.5)},
         }
         recipe = recipes.get(name)
+        if recipe.entropy_target is not None:
+            pull = recipe.entropy_target.replace(coef=0.7)
+            recipe = recipe.replace(max_length=rows, entropy_target=pull)
         hidden[~mask] = torch.nan
         results = []
         for exactly in (True, False):

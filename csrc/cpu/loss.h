@@ -12,7 +12,7 @@
 
 namespace eapo::cpu {
 
-constexpr int64_t kLossBlock = 2048;
+constexpr int64_t kLossBlock = 4096;
 
 inline int64_t loss_blocks(int64_t width) { return (width + kLossBlock - 1) / kLossBlock; }
 

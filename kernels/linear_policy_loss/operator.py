@@ -101,7 +101,7 @@ def policy_loss(
         torch.where(bad_token >= 0, torch.nan, found.loss),
         torch.stack([found.metrics[name] for name in metric_names.split()]),
         found.a,
-        found.b,
+        found.b.contiguous(),
         hidden.new_empty(0) if found.c is None else found.c,
         found.token_loss,
         bad_token,

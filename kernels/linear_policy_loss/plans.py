@@ -182,7 +182,8 @@ def _coefficients(
     own = part_of(rows, slab.start, slab.stop)
     logprob, entropy = head.logprob[part], head.entropy[part]
     if unit == "batch":
-        truncated = None if head.truncated is None else head.truncated[part]
+        truncated = _truncated(head, recipe)
+        truncated = None if truncated is None else truncated[part]
         own, _ = resolve(own, recipe, logprob, entropy, truncated)
     terms = losses.token_terms(own, recipe, logprob, entropy)
     return Coefficients(terms.a, terms.b, terms.c)
@@ -197,7 +198,15 @@ def part_of(rows: Rows, start: int, stop: int) -> Rows:
 
 
 def _loss(head: HeadOfRows, rows: Rows, recipe: Recipe) -> LossOutput:
-    return losses.policy_loss(rows, recipe, head.logprob, head.entropy, head.truncated)
+    truncated = _truncated(head, recipe)
+    return losses.policy_loss(rows, recipe, head.logprob, head.entropy, truncated)
+
+
+def _truncated(head: HeadOfRows, recipe: Recipe) -> Tensor | None:
+    """Return Ht [n] where the recipe reads it; a head without rows (n is 0) never made it."""
+    if recipe.entropy_target is None or head.truncated is not None:
+        return head.truncated
+    return head.logprob
 
 
 def _own(rows: Rows, recipe: Recipe, found: LossOutput) -> Coefficients:

@@ -16,7 +16,7 @@ from torch import Tensor
 from eapo_fast.kernels.linear_token_stats.triton_kernel import Span
 
 
-@triton.jit(do_not_specialize=["sequences", "most", "slabs", "pieces"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["sequences", "most", "slabs", "pieces"])
 def cut_slabs(  # type: ignore[no-untyped-def]
     starts,  # [S + 1] int64: where in the list of rows each sequence starts, and the end
     whole,  # [slabs, 2] int64: slabs of whole sequences

@@ -35,7 +35,7 @@ from eapo_fast.kernels.linear_token_stats.products import Centres, Products, pro
 from eapo_fast.kernels.native import follow_torch_threads
 from eapo_fast.kernels.truncated_entropy.reference import Cut
 
-TILE = 4 * _core.LOSS_BLOCK
+TILE = 2 * _core.LOSS_BLOCK
 """Columns of logits that exist at once: what stays in the last-level cache, at full GEMM speed."""
 BLOCK_ROWS = 1024
 """Rows of logits that exist at once: enough to read the weight at a small share of the time."""

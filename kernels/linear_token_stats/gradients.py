@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from eapo_fast import _core
-from eapo_fast.kernels.linear_token_stats.memory import uninitialised
 from eapo_fast.kernels.linear_token_stats.products import Products
 
 
@@ -83,7 +82,7 @@ class WeightGradient:
     """
 
     def __init__(self, weight: Tensor, vocab: int, storage: torch.dtype) -> None:
-        self.total = uninitialised(tuple(weight.shape), storage)
+        self.total = torch.empty(weight.shape, dtype=storage)
         self.total[vocab:] = 0
         self.dtype, self.vocab = weight.dtype, vocab
         self.blank = True
@@ -106,7 +105,7 @@ class WeightGradient:
             total += part
         else:
             if self._low is None:
-                self._low = uninitialised(tuple(self.total.shape), torch.int16).zero_()
+                self._low = torch.zeros(self.total.shape, dtype=torch.int16)
             _core.add_to_planes(total, self._low[rows], part)
 
     def rounded(self) -> Tensor:

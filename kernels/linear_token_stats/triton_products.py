@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from eapo_fast.kernels.native import triton_is_interpreted
+from eapo_fast.kernels.policy_loss.rows import listed
+
+__all__ = ["grid", "listed", "logits", "settings", "to_hidden", "to_weight"]
 
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 128
 """Tile of a result; not tuned."""
@@ -201,12 +203,3 @@ def settings(dtype: torch.dtype, *, gradient: bool) -> dict[str, Any]:
 def grid(rows: int, columns: int) -> tuple[int, int]:
     """Return the tiles of a result."""
     return triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS)
-
-
-def listed(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the places [C] of the flags that are set, in order, then the rest; and their number.
-
-    Both stay on the device.
-    """
-    order = (~flags).to(torch.uint8).argsort(stable=True)
-    return order, flags.sum().view(1)

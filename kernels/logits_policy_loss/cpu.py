@@ -15,7 +15,6 @@ from torch.autograd import Function
 
 from eapo_fast import _core
 from eapo_fast.kernels.gradient import differentiable_once
-from eapo_fast.kernels.linear_token_stats.memory import uninitialised
 from eapo_fast.kernels.logits_policy_loss.finite import check_finite
 from eapo_fast.kernels.native import follow_torch_threads
 from eapo_fast.kernels.policy_loss import compiled, operator
@@ -56,7 +55,7 @@ def logits_policy_loss(
     copied = source.data_ptr() != logits.data_ptr()
     if in_place and not copied:  # before anything can fail: from here on they may hold anything
         torch.autograd.graph.increment_version(logits)
-    room = source if in_place or copied else uninitialised(tuple(source.shape), source.dtype)
+    room = source if in_place or copied else torch.empty_like(source)
     if compiled.refusal(source, recipe) is None:
         found = _one_pass(source, ids, batch, recipe, temperature, room)
     else:

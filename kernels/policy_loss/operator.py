@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eapo_fast.kernels import checks
 from eapo_fast.kernels.checks import compute_dtype
 from eapo_fast.kernels.gradient import differentiable_once
 from eapo_fast.kernels.policy_loss import compiled, reference
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch, check_batch
 from eapo_fast.kernels.policy_loss.finite import check_finite
 from eapo_fast.kernels.policy_loss.metrics import metric_names
-from eapo_fast.kernels.policy_loss.rows import trained_rows
+from eapo_fast.kernels.policy_loss.rows import listed, trained_rows
 from eapo_fast.recipes import Recipe
 
 
@@ -101,7 +102,10 @@ def evaluate(
         found = triton_kernel.policy_loss(logprob, entropy, batch, recipe)
     else:
         dtype = compute_dtype(logprob.dtype)
-        rows = trained_rows(batch, recipe, dtype)
+        waits = batch.mask is None or checks.may_look(logprob)
+        rows = trained_rows(
+            batch, recipe, dtype, None if waits or batch.mask is None else listed(batch.mask != 0)
+        )
         given = (logprob, entropy, truncated)
         own = [None if x is None else rows.gather(x).to(dtype) for x in given]
         assert own[0] is not None

@@ -121,6 +121,15 @@ class Rows:
 _PER_ROW = ("old_logprob", "advantages", "weight", "sequence", "ref_logprob", "factor", "index")
 
 
+def listed(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places [C] of the flags that are set, in order, then the rest; and their number.
+
+    Both stay on the device.
+    """
+    order = (~flags).to(torch.uint8).argsort(stable=True)
+    return order, flags.sum().view(1)
+
+
 def trained_rows(
     batch: PolicyBatch,
     recipe: Recipe,

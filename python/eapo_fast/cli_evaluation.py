@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from eapo_fast.cli_parts import at_least, command, named_expert, openai_expert
+from eapo_fast.cli_parts import at_least, command, local_expert, named_expert, openai_expert
 from eapo_fast.errors import ConfigError
 
 _EXPERTS = ("calculator", "openai", "local", "recorded")
@@ -129,8 +129,10 @@ def _expert(arguments: argparse.Namespace) -> Any:
     if kind == "openai":
         return openai_expert(arguments)
     if kind == "local":
-        return named_expert(kind, model=arguments.expert_model)
+        return local_expert(arguments)
     if kind == "recorded":
+        if not arguments.expert_replay:
+            raise ConfigError("a recorded expert needs --expert-replay FILE")
         return named_expert(kind, path=arguments.expert_replay)
     return named_expert(kind)
 
@@ -229,6 +231,6 @@ def _solving_expert(arguments: argparse.Namespace) -> Any:
 
     asked = {"system": SYSTEM, "prompt": "{query}", "max_reply_tokens": MAX_REPLY_TOKENS}
     if kind == "local":
-        return named_expert(kind, model=arguments.expert_model, **asked)
+        return local_expert(arguments, **asked)
     temperature = 0.6 if arguments.samples > 1 else None
     return openai_expert(arguments, temperature=temperature, **asked)

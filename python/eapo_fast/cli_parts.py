@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from eapo_fast.errors import ConfigError
+
 
 def command(commands: Any, name: str, text: str, **options: Any) -> argparse.ArgumentParser:
     """Add a command whose help is `text`."""
@@ -32,6 +34,8 @@ def openai_expert(arguments: argparse.Namespace, **more: Any) -> Any:
 
     `more` are further settings of `experts.OpenAICompatible`; None is left out.
     """
+    if not arguments.expert_url or not arguments.expert_model:
+        raise ConfigError("an openai expert needs --expert-url URL and --expert-model NAME")
     return named_expert(
         "openai",
         base_url=arguments.expert_url,
@@ -39,6 +43,13 @@ def openai_expert(arguments: argparse.Namespace, **more: Any) -> Any:
         api_key_env=arguments.expert_key_env,
         **more,
     )
+
+
+def local_expert(arguments: argparse.Namespace, **more: Any) -> Any:
+    """Return the transformers model of --expert-model as an expert."""
+    if not arguments.expert_model:
+        raise ConfigError("a local expert needs its directory: --expert-model DIR")
+    return named_expert("local", model=arguments.expert_model, **more)
 
 
 def named_expert(kind: str, **settings: Any) -> Any:

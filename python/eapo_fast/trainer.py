@@ -169,6 +169,9 @@ class Trainer:
         resumed = self._resume(resume_from_checkpoint)
         if self.ledger.budgets:
             self.ledger.keep_journal(self.output_dir / "ledger.jsonl", resumed=resumed)
+        if self.scheduler is not None:
+            after = self.state.global_step if resumed else None
+            self.scheduler.keep_replies(self.output_dir / "replies.jsonl", after=after)
         self._record = RunRecord(self, resumed)
         try:
             with self._record:
@@ -459,6 +462,8 @@ class Trainer:
             self._saved_state(),
             self.args.save_total_limit,
         )
+        if self.scheduler is not None:
+            self.scheduler.checkpointed()
         self._call("on_save")
         return path
 

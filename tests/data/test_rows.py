@@ -115,6 +115,23 @@ def test_bad_prompts(prompt: Any) -> None:
         load_dataset([{"prompt": prompt}])
 
 
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    for prompt in ("a\ud800b", [{"role": "user", "content": "a\ud800b"}]):
+        with pytest.raises(
+            DataError, match=r"\[1\]\.prompt: half of a surrogate pair at character 1"
+        ):
+            load_dataset([{"prompt": "a"}, {"prompt": prompt}])
+
+
+def test_a_missing_value_of_a_table_is_no_answer() -> None:
+    rows = load_dataset([{"prompt": "a", "answer": float("nan")}, {"prompt": "b", "answer": 2.5}])
+    assert [row["answer"] for row in rows] == [None, "2.5"]
+    with pytest.raises(DataError, match=r"1 of 2 rows have none \(rows 0"):
+        require_column(rows, "answer", needed_by="evaluation")
+    [row] = load_dataset([{"prompt": "a", "answer": float("nan"), "solution": "#### 7"}])
+    assert row["answer"] == "7"
+
+
 @pytest.mark.parametrize("source", [{"train": [ROW]}, 5, None])
 def test_bad_sources(source: Any) -> None:
     with pytest.raises(DataError, match="allowed is a JSONL path"):

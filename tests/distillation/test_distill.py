@@ -221,6 +221,14 @@ def test_control_tokens_in_a_solution_are_plain_text(
     assert np.flatnonzero(ids == bpe_tokenizer.eos_token_id).tolist() == [len(ids) - 1]
 
 
+def test_settings_out_of_range_are_refused_before_the_first_step(run: Callable[..., Any]) -> None:
+    for name in ("epochs", "learning_rate"):
+        with pytest.raises(ConfigError, match=f"{name}: got inf, allowed is a finite number"):
+            settings(**{name: float("inf")})
+    with pytest.raises(ConfigError, match="lora: got rank 100000, allowed is at most"):
+        run("wide", settings={"lora": 100_000})
+
+
 def test_the_correct_samples_of_an_experts_evaluation_are_solutions(tmp_path: Path) -> None:
     chosen = EvalSettings(n=6, max_tokens=60, temperature=1.0, top_p=1.0)
     rows = build_dataset("test", 6, 0, steps=(2, 2))

@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eapo_fast.cli import main
-from eapo_fast.errors import ConfigError, DataError
+from eapo_fast.errors import ConfigError, DataError, ModelError
 from eapo_fast.evaluation import EvalSettings, evaluate_model
 from eapo_fast.evaluation.store import PROBLEMS, read_lines, read_result
 from eapo_fast.evaluation.table import write_table
@@ -270,6 +270,23 @@ def test_recorded_replies_give_the_same_evaluation(
     assert again["results"]["consults"]["accepted_per_sample"] > 0
 
 
+def test_a_recording_that_went_on_after_an_interruption_is_replayed(
+    policy: str, problems: Path, tmp_path: Path, quick: Quick
+) -> None:
+    options: dict[str, Any] = {"expert": Calculator(), "expert_record": tmp_path / "consults.jsonl"}
+    with pytest.raises(Stopped):
+        evaluate_model(policy, problems, tmp_path / "a", quick(), progress=stop_after(6), **options)
+    first = evaluate_model(policy, problems, tmp_path / "a", quick(), **options)
+    recorded = Recorded(tmp_path / "consults.jsonl")
+    with pytest.raises(Stopped):
+        evaluate_model(
+            policy, problems, tmp_path / "b", quick(), expert=recorded, progress=stop_after(3)
+        )
+    again = evaluate_model(policy, problems, tmp_path / "b", quick(), expert=recorded)
+    assert again["results"] == first["results"]
+    assert again["results"]["consults"]["accepted_per_sample"] > 0
+
+
 def test_an_expert_that_cannot_be_reached_ends_it_before_sampling(
     policy: str, problems: Path, tmp_path: Path, quick: Quick
 ) -> None:
@@ -280,6 +297,15 @@ def test_an_expert_that_cannot_be_reached_ends_it_before_sampling(
     with pytest.raises(ConfigError, match="no route to host"):
         evaluate_model(policy, problems, tmp_path / "out", quick(), expert=Down())
     assert not (tmp_path / "out" / PROBLEMS).exists()
+
+
+@pytest.mark.parametrize("place", ["runs/slip", "a file"])
+def test_a_model_that_cannot_be_on_the_hub_is_told_at_once(
+    problems: Path, tmp_path: Path, quick: Quick, place: str
+) -> None:
+    model = str(problems) if place == "a file" else place
+    with pytest.raises(ModelError, match="is a file" if place == "a file" else "does not exist"):
+        evaluate_model(model, problems, tmp_path / "out", quick())
 
 
 def test_methods_and_experts_must_agree(policy: str, problems: Path, quick: Quick) -> None:
@@ -320,6 +346,10 @@ def test_tables_pair_evaluations_by_problem(
     evaluate_model(policy, problems, out[2], quick(n=2, limit=4))
     with pytest.raises(ConfigError, match="cannot be compared: other problems, n 4 and 2"):
         write_table([out[0], out[2]], tmp_path / "table")
+    lines = (out[1] / PROBLEMS).read_bytes()
+    (out[1] / PROBLEMS).write_bytes(lines[: lines.index(b"\n") + 1])
+    with pytest.raises(DataError, match=r"got 1 problems, evaluation\.json has 10"):
+        write_table(out[:2], tmp_path / "table")
     shutil.rmtree(out[1])
     with pytest.raises(ConfigError, match="holds no evaluation"):
         write_table(out[:2], tmp_path / "table")

@@ -157,3 +157,31 @@ def test_the_scheduler_answers_it_at_flush_without_a_thread() -> None:
         assert not desk.wait(10.0)
     assert [result.text for result in results] == [str(i * 3) for i in range(700)]
     assert {result.latency for result in results} == {0.0}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "1+" + " " * 1000 + "x",
+        " " * 1000 + "(",
+        "x" + "\t" * 900 + "!",
+        "1 for" + " " * 900 + "a )",
+    ],
+    ids=["blanks", "blanks first", "tabs", "for"],
+)
+def test_blanks_cost_no_time(query: str) -> None:
+    """Seconds of processor time, four of them, was what a thousand blanks took once."""
+    start = time.process_time()
+    Calculator().reply(query)
+    assert time.process_time() - start < 0.5
+
+
+def test_words_around_a_calculation_are_left_out() -> None:
+    calculator = Calculator()
+    queries = {
+        "solve 2x+3=11 for x?": "x=4",
+        "x - 1 = 2 FOR  x ;": "x=3",
+        "what is 6*7 ?": "42",
+        "1/2 .": "1/2",
+    }
+    assert {query: calculator.reply(query).text for query in queries} == queries

@@ -19,7 +19,7 @@ from eapo_fast.experts import (
 )
 from eapo_fast.rewards import verify
 from eapo_fast.rollout import ConsultProtocol, collect_rollouts
-from eapo_fast.rollout.injection import compose
+from eapo_fast.rollout.injection import compose, encode_reply
 
 EACH = 2000
 SPECIALS = {
@@ -141,6 +141,23 @@ def test_hostile_replies_stay_text(vocabularies: dict[str, Vocabulary], name: st
             accepted += result.accepted
             _check(vocabulary, result)
     assert accepted > 0.9 * EACH
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_tokenizer_that_rewrites_look_alikes_makes_no_tag_of_them(lower: bool) -> None:
+    """Full-width letters become ours under NFKC; what is not a tag in the reply is kept."""
+    from tokenizers import normalizers
+
+    tokenizer = byte_level(["<|end|>"])
+    steps = [normalizers.NFKC(), *([normalizers.Lowercase()] if lower else [])]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    vocabulary = Vocabulary(tokenizer, len(tokenizer))
+    for tag in TAGS:
+        wide = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in tag)
+        text = vocabulary.text(encode_reply(vocabulary, f"use {wide} 24", TAGS))
+        assert text.startswith("use ")
+        assert text.endswith(" 24")
+        assert not any(other in text for other in TAGS)
 
 
 def _check(vocabulary: Vocabulary, result: ConsultResult) -> None:

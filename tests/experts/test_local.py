@@ -83,6 +83,24 @@ def test_a_prompt_without_room_is_too_long_and_the_others_are_answered(checkpoin
         assert [handle.result(30.0).status for handle in handles] == ["ok", "too_long"]
 
 
+def test_half_a_character_spoils_no_batch(checkpoint: Path) -> None:
+    expert = LocalModel(checkpoint, max_reply_tokens=5, max_batch_size=3)
+    with ConsultScheduler(expert, ConsultPolicy(timeout=30.0, max_wait=0.2)) as desk:
+        handles = [desk.submit(ConsultRequest(q)) for q in ("a", "b\ud800", "c")]
+        desk.flush()
+        assert [handle.result(30.0).status for handle in handles] == ["ok"] * 3
+
+
+def test_another_model_of_the_same_name_is_another_expert(checkpoint: Path) -> None:
+    import torch
+
+    one, same = LocalModel(checkpoint), LocalModel(checkpoint)
+    assert one.identity == same.identity
+    with torch.no_grad():
+        next(iter(same.model.parameters())).mul_(1.5)
+    assert one.identity != same.identity
+
+
 def test_a_deadline_stops_generation(checkpoint: Path) -> None:
     expert = LocalModel(checkpoint, max_reply_tokens=30_000)
     with ConsultScheduler(expert, ConsultPolicy(timeout=0.3)) as desk:

@@ -198,7 +198,26 @@ def test_many_consults_at_once(chat: ModuleType) -> None:
         {"prompt": "no place for it"},
         {"max_reply_tokens": 0},
         {"prices": (-1.0, 0.0)},
+        {"prices": (1.0, float("nan"))},
+        {"prices": (float("inf"), 1.0)},
+        {"prices": ("1", 1.0)},
+        {"prices": 5},
+        {"base_url": "http://ho st/v1"},
+        {"base_url": "http://host\n/v1"},
+        {"base_url": "http://xn--/v1"},
+        {"base_url": "http://host/v1/chat/completions"},
+        {"base_url": 7},
+        {"model": ""},
+        {"temperature": "hot"},
+        {"max_reply_tokens": "7"},
+        {"prompt": None},
         {"extra_body": {"x": object()}},
+        {"extra_body": {"x": float("nan")}},
+        {"extra_body": {"messages": []}},
+        {"extra_body": {"stream": True}},
+        {"extra_body": {"n": 4}},
+        {"extra_body": {"max_tokens": "many"}},
+        {"extra_body": {"max_tokens": None}},
         {"api_key_env": "EAPO_TEST_ABSENT"},
         {"api_key_file": "/nonexistent/key"},
         {"api_key_env": "A", "api_key_file": "B"},
@@ -224,6 +243,45 @@ def test_extra_body_overrides_and_keys_come_from_files(chat: ModuleType, tmp_pat
     assert (server.requests[0]["temperature"], server.requests[0]["seed"]) == (0.5, 3)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"max_tokens": 9000},
+        {"max_completion_tokens": 9000},
+        {"max_tokens": None, "max_completion_tokens": 9000},
+    ],
+    ids=str,
+)
+def test_the_budget_holds_whichever_field_bounds_the_reply(
+    chat: ModuleType, extra: dict[str, int | None]
+) -> None:
+    """A server that writes as much as it was allowed to, and a cap that two such replies pass."""
+
+    def answer(body: dict[str, int]) -> dict[str, object]:
+        written = max(body.get("max_tokens", 0), body.get("max_completion_tokens", 0))
+        full = chat.completion("a hint")
+        full["usage"] = {"prompt_tokens": 20, "completion_tokens": written}
+        return full
+
+    import json
+
+    bodies = [chat.body(json.dumps(answer({"max_tokens": 9000})).encode()) for _ in range(6)]
+    with chat.ChatServer(faults=bodies) as server:
+        expert = OpenAICompatible(server.url, "m", prices=(0.0, 1.0), extra_body=extra)
+        with ConsultScheduler(expert, POLICY, Budget(money=0.0179)) as desk:
+            handles = [desk.submit(ConsultRequest(f"q{i}")) for i in range(6)]
+            statuses = [handle.result(9.0).status for handle in handles]
+            spent, overruns = desk.ledger.total().nano / 1e9, desk.ledger.overruns
+    assert statuses.count("ok") == 1
+    assert (spent, overruns) == (0.009, 0)
+    sent = server.requests[0]
+    assert [sent.get(n) for n in ("max_tokens", "max_completion_tokens")] == [
+        extra.get("max_tokens", 1024),
+        extra.get("max_completion_tokens"),
+    ]
+    assert all(value is not None for value in sent.values())
+
+
 def test_thinking_is_removed_in_every_shape() -> None:
     shapes = {
         "plain": "plain",
@@ -233,6 +291,14 @@ def test_thinking_is_removed_in_every_shape() -> None:
         "<thinking>\nx\n</thinking>\n y": "y",
     }
     assert {text: strip_thinking(text) for text in shapes} == shapes
+
+
+def test_a_reply_of_nothing_but_thinking_tags_costs_no_time() -> None:
+    start = time.process_time()
+    assert strip_thinking("<think>" * 200_000) == ""
+    assert strip_thinking("<think>a</think>" * 100_000 + "b") == "b"
+    assert strip_thinking("a</think>" * 100_000 + "b") == "b"
+    assert time.process_time() - start < 2.0
 
 
 def test_template_fields_cannot_name_each_other() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from types import ModuleType
 
 import pytest
 
@@ -16,6 +17,7 @@ from eapo_fast.experts import (
     ConsultScheduler,
     ExpertReply,
     Function,
+    OpenAICompatible,
     Pool,
     Recorded,
     Usage,
@@ -96,6 +98,56 @@ def test_a_pool_of_dead_members_is_down_and_costs_nothing() -> None:
         statuses = [desk.submit(ask(i)).result(5.0).status for i in range(8)]
         assert set(statuses) == {"down"}
         assert desk.ledger.total().consults == 3
+
+
+def test_a_member_that_refuses_our_key_does_not_draw_all_work_to_itself(chat: ModuleType) -> None:
+    """It answers fastest, so it is always the least busy one."""
+    with chat.ChatServer(faults=[chat.status(401)] * 1000) as locked:
+        pool = Pool({"locked": OpenAICompatible(locked.url, "m"), "good": Replica()})
+        with ConsultScheduler(pool, ConsultPolicy(timeout=10.0), Budget(consults=60)) as desk:
+            results = [h.result(8.0) for h in [desk.submit(ask(i)) for i in range(60)]]
+            assert desk.ledger.total().consults == 60
+    assert {(r.status, r.trace.expert) for r in results} == {("ok", "good")}
+    with chat.ChatServer(faults=[chat.status(401)] * 1000) as locked:
+        pool = Pool({"locked": OpenAICompatible(locked.url, "m")})
+        with ConsultScheduler(pool, ConsultPolicy(timeout=10.0)) as desk:
+            results = [desk.submit(ask(i)).result(8.0) for i in range(5)]
+    assert [r.status for r in results] == ["refused"] * 3 + ["down"] * 2
+    assert "401" in results[-1].detail
+
+
+class Limited(Replica):
+    """Says 429 with a pause."""
+
+    calls = 0
+
+    def __init__(self, pause: float | None, *, billed: bool = False) -> None:
+        super().__init__()
+        self.pause, self.billed = pause, billed
+
+    async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
+        self.calls += 1
+        return [ExpertReply.failed("rate", retry_after=self.pause, billed=self.billed)]
+
+
+@pytest.mark.parametrize("billed", [False, True])
+def test_the_pause_of_one_member_holds_back_nobody_else(billed: bool) -> None:
+    limited = Limited(30.0, billed=billed)
+    pool = Pool({"limited": limited, "good": Replica()})
+    with ConsultScheduler(pool, ConsultPolicy(timeout=10.0)) as desk:
+        results = [h.result(8.0) for h in [desk.submit(ask(i)) for i in range(60)]]
+    assert {(r.status, r.trace.expert) for r in results} == {("ok", "good")}
+    assert max(r.latency for r in results) < 3.0
+    assert limited.calls == 1
+
+
+def test_a_pool_whose_members_all_rest_says_until_when() -> None:
+    members = {"long": Limited(30.0), "short": Limited(0.4)}
+    with ConsultScheduler(Pool(members), ConsultPolicy(timeout=5.0, retries=1)) as desk:
+        start = time.monotonic()
+        assert desk.submit(ask(0)).result(8.0).status == "rate"
+        assert 0.4 <= time.monotonic() - start < 2.0
+    assert [m.calls for m in members.values()] == [1, 2]
 
 
 def test_bounds_prices_and_identity_are_the_members_together() -> None:

@@ -289,6 +289,21 @@ def test_mass_failure_does_what_was_chosen(tmp_path: Path, choice: str) -> None:
         assert used == (not lost)
 
 
+def test_a_key_that_is_refused_is_a_failure_of_the_expert(tmp_path: Path) -> None:
+    def locked(request: ConsultRequest) -> ExpertReply:
+        return ExpertReply.failed("refused", "HTTP 401", billed=False, unfit=True)
+
+    short = Run(
+        tmp_path,
+        Function(locked, immediate=True),
+        max_steps=1,
+        save_strategy="no",
+        expert_failure="stop",
+    )
+    with pytest.raises(Exception, match=r"expert_failure is stop"):
+        short.train()
+
+
 def test_a_planted_key_does_not_reach_the_lines(
     tmp_path: Path, chat: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

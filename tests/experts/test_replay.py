@@ -19,6 +19,7 @@ from eapo_fast.experts import (
     ReplayMismatch,
     Usage,
 )
+from eapo_fast.experts.lines import sealed
 
 
 def run(expert: Expert, policy: ConsultPolicy, count: int = 40) -> list[ConsultResult]:
@@ -32,7 +33,7 @@ def run(expert: Expert, policy: ConsultPolicy, count: int = 40) -> list[ConsultR
 
 def teacher(request: ConsultRequest) -> ExpertReply:
     if request.rollout % 5 == 0:
-        return ExpertReply.failed("refused", "no")
+        return ExpertReply.failed("refused", "no", unfit=request.rollout == 5)
     return ExpertReply(f"hint for rollout {request.rollout}", Usage(3, 4), "teacher-1")
 
 
@@ -43,6 +44,8 @@ def test_a_replay_gives_what_was_recorded(tmp_path: Path, gate: str) -> None:
     first = run(Function(teacher, immediate=True), recording)
     replayed = run(Recorded(path), ConsultPolicy(schedule="inverse"))
     assert [(r.status, r.text) for r in replayed] == [(r.status, r.text) for r in first]
+    assert [r.trace.unfit for r in replayed] == [r.trace.unfit for r in first]
+    assert sum(r.trace.unfit for r in first) == (first[5].status == "refused")
     assert {r.status for r in first} == {"ok", "declined", "refused"}
 
 
@@ -69,6 +72,48 @@ def test_a_torn_tail_is_dropped_and_damage_is_named(tmp_path: Path) -> None:
         Recorded(path)
     with pytest.raises(DataError, match="cannot be read"):
         Recorded(tmp_path / "absent.jsonl")
+
+
+def test_lines_taken_out_or_moved_are_noticed(tmp_path: Path) -> None:
+    """Each line is sound; the same question has another reply at another place."""
+    path = tmp_path / "consults.jsonl"
+    policy = ConsultPolicy(record=path, dedup="off")
+    for part in (3, 3):  # a second run goes on in the same file
+        with ConsultScheduler(Function(teacher, immediate=True), policy) as desk:
+            tape = desk.tape(part)
+            for rollout in range(1, 4):
+                desk.submit(ConsultRequest("same", "p", step=part, rollout=rollout)).result()
+                tape.due(rollout, [(0, rollout, 0)], idle=False)
+            tape.finish()
+    whole = path.read_text().splitlines(keepends=True)
+    assert len(Recorded(path)) == 3
+    for changed in (
+        whole[:2] + whole[3:],
+        whole[1:],
+        [whole[0], whole[2], whole[1], *whole[3:]],
+        [*whole[:3], whole[2], *whole[3:]],
+    ):
+        path.write_text("".join(changed))
+        with pytest.raises(DataError, match="taken out, put in, or moved"):
+            Recorded(path)
+    path.write_text("".join(whole[:-3]))  # the end is missing, as after a kill
+    assert len(Recorded(path)) == 3
+
+
+def test_a_step_that_was_not_recorded_does_not_run_freely(tmp_path: Path) -> None:
+    path = tmp_path / "consults.jsonl"
+    with ConsultScheduler(
+        Function(teacher, immediate=True), ConsultPolicy(record=path, dedup="off")
+    ) as desk:
+        desk.tape(1).finish()
+        desk.submit(ConsultRequest("q", rollout=1)).result()
+    with ConsultScheduler(Recorded(path)) as desk, pytest.raises(ReplayMismatch):
+        desk.tape(2).wait((0, 1, 0), 0.1)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    tick = {k: v for k, v in lines[0].items() if k not in ("n", "sum")} | {"kind": "tick"}
+    path.write_text(sealed(tick | {"tick": 3}) + "\n")
+    with pytest.raises(DataError, match="without its beginning"):
+        Recorded(path)
 
 
 def test_accepted_replies_are_bought_once(tmp_path: Path) -> None:

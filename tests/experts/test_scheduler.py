@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from types import ModuleType
 
 import pytest
 
@@ -18,6 +19,7 @@ from eapo_fast.experts import (
     ExpertFailure,
     ExpertReply,
     Function,
+    OpenAICompatible,
     Usage,
 )
 
@@ -456,6 +458,44 @@ def test_a_hedge_that_fails_leaves_the_first_call_its_time() -> None:
         time.sleep(0.05)
         assert all(not any(a.reserved) for a in desk.ledger._accounts.values())
     assert expert.open == 0
+
+
+def test_a_probe_is_one_call_even_where_hedges_are_allowed() -> None:
+    class Dead:
+        max_batch_size = 1
+        calls = open = peak = 0
+
+        async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
+            self.calls += 1
+            self.open += 1
+            self.peak = max(self.peak, self.open)
+            await asyncio.sleep(0.15)
+            self.open -= 1
+            return [ExpertReply.failed("down", retry=False)]
+
+    expert = Dead()
+    policy = ConsultPolicy(
+        timeout=10.0, breaker_failures=2, breaker_period=0.3, hedge_after=0.02, hedge_share=1.0
+    )
+    with ConsultScheduler(expert, policy) as desk:
+        for number in range(2):
+            assert desk.submit(ask(number)).result(5.0).status == "down"
+        assert expert.peak == 2
+        time.sleep(0.35)
+        expert.calls = expert.peak = 0
+        handles = [desk.submit(ask(10 + number)) for number in range(10)]
+        assert {handle.result(5.0).status for handle in handles} == {"down"}
+    assert (expert.calls, expert.peak) == (1, 1)
+
+
+def test_looking_up_a_name_leaves_no_thread(chat: ModuleType) -> None:
+    before = set(threading.enumerate())
+    with chat.ChatServer() as server:
+        url = server.url.replace("127.0.0.1", "localhost")
+        with ConsultScheduler(OpenAICompatible(url, "m"), PATIENT) as desk:
+            assert desk.submit(ask()).result(5.0).status == "ok"
+        left = set(threading.enumerate()) - before
+        assert not [thread.name for thread in left if thread.name.startswith("asyncio")]
 
 
 def test_a_fault_inside_the_desk_is_an_outcome_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

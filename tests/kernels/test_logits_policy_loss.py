@@ -260,3 +260,42 @@ def test_siren_runs_on_the_reference() -> None:
     )
     assert found.c is not None
     assert gradient.isfinite().all()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("temperature", [1.0, 0.37, 3.0])
+def test_a_certain_token_has_log_probability_zero(temperature: float) -> None:
+    """Whatever the rounding of its distance from the top."""
+    tops = torch.linspace(-300, 300, 97).bfloat16()
+    logits = (tops[:, None] - 400).expand(-1, 5000).clone()
+    logits[:, 4321] = tops
+    rows = len(tops)
+    batch = ops.PolicyBatch(
+        old_logprob=torch.zeros(rows),
+        advantages=torch.ones(rows),
+        cu_seqlens=torch.arange(rows + 1),
+        mask=None,
+    )
+    found = ops.logits_policy_loss(
+        logits.requires_grad_(),
+        torch.full((rows,), 4321),
+        batch,
+        recipes.get("eapo"),
+        temperature=temperature,
+    )
+    assert float(found.metrics["logp_difference_max"]) < 2e-7
+    assert float(found.metrics["entropy"]) == pytest.approx(0.0, abs=2e-7)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e6, 1e30])
+def test_equal_logits_of_any_size_are_a_uniform_distribution(scale: float) -> None:
+    logits = torch.full((3, 4500), scale).bfloat16().requires_grad_()
+    batch = ops.PolicyBatch(
+        old_logprob=torch.full((3,), -torch.tensor(4500.0).log().item()),
+        advantages=torch.ones(1),
+        cu_seqlens=torch.tensor([0, 3]),
+    )
+    found = ops.logits_policy_loss(logits, torch.tensor([0, 7, 4499]), batch, recipes.get("eapo"))
+    # equal terms of a block add up in float32, and their rounding errors have one sign
+    assert float(found.metrics["logp_difference_max"]) < 1e-5

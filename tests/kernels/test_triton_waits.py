@@ -101,14 +101,19 @@ def test_linear_policy_loss(name: str) -> None:
     assert {"logits", "run_rows", "to_hidden", "to_weight"} <= launched
 
 
-@pytest.mark.parametrize("name", ["eapo", "gspo"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_policy_loss(name: str) -> None:
-    recipe, x = recipes.get(name).replace(beta=0.1), empty(ROWS)
+    """Its kernel; and plain torch, which is what recipes that look at a batch take."""
+    recipe, x = recipes.get(name).replace(beta=0.1, max_length=20), empty(ROWS)
+    backends = ["reference"]
+    if recipe.locality != "batch-global" and recipe.entropy_band is None:
+        backends.append("triton")
     for masked, counted in ((True, False), (True, True), (False, True)):
         batch = batch_of(masked=masked, counted=counted)
-        with triton_aot.recorded(policy) as launches, NoCopies():
-            losses.evaluate(x, x, None, batch, recipe, "triton")
-        assert launches
+        for backend in backends:
+            with triton_aot.recorded(policy) as launches, NoCopies():
+                losses.evaluate(x, x, x, batch, recipe, backend)
+            assert bool(launches) == (backend == "triton")
 
 
 def test_linear_token_stats() -> None:

@@ -14,6 +14,36 @@ def against(gold: str, answers: dict[str, str]) -> Cases:
     return {name: (answer, gold) for name, answer in answers.items()}
 
 
+CHAINS = against(
+    "6",
+    {
+        "chain of choices": "(A) " * 1000,
+        "chain of bold choices": r"\textbf{(A)} " * 300,
+        "chain of texts": r"\text{a}" * 500,
+        "chain of primes": "x" + "'" * 4000,
+        "chain of double factorials": "9" + "!!" * 1500,
+        "chain of bars": r"\overline{" * 300 + "i" + "}" * 300,
+        "chain of set differences": r"\mathbb{R}" + r"\setminus\{1\}" * 120,
+        "chain of caps": r"\cap".join(["(1,2)"] * 150),
+        "chain of conditions": r"\{x|" * 300,
+        "chain of exclusions": ",".join(rf"x\ne \sqrt{{{n}}}" for n in range(2, 120)),
+        "chain of unequal ends": r"\cup".join(rf"(2^{{-{n}000}},3^{{{n}00}})" for n in range(60)),
+        "chain of raised digits": "2" + "\u2079" * 4000,
+        "chain of raised and lowered": "x\u2081\u00b2" * 800,
+        "chain of hexadecimal digits": "F" * 3000 + "_{16}",
+        "chain of repeating decimals": "+".join(["0.(142857)"] * 90),
+        "chain of dots": "1" + "..." * 1000,
+        "chain of quotes": '"' * 4000,
+        "chain of x10": "1 x 10^" * 500,
+        "chain of half days": "5 a.m. " * 500,
+        "chain of choose": r"{9 \choose " * 30 + "2" + "}" * 30,
+        "binomial beyond memory": r"\binom{10^{18}}{5\cdot 10^{17}}",
+        "inverse of letters": r"\begin{pmatrix}"
+        + r"\\".join("&".join(f"x_{{{i}{j}}}" for i in range(6)) for j in range(6))
+        + r"\end{pmatrix}^{-1}",
+    },
+)
+
 BLOW_UPS = against(
     "5",
     {
@@ -276,6 +306,7 @@ LOOKALIKES: Cases = {
 
 GROUPS: dict[str, Cases] = {
     "blow-up": BLOW_UPS,
+    "chain": CHAINS,
     "symbolic": SYMBOLIC,
     "size": SIZES,
     "unicode": UNICODE,

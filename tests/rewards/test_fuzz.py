@@ -20,11 +20,27 @@ _NUMBERS = st.one_of(
     st.integers(0, 10**6).map(str),
     st.decimals(0, 1000, places=3).map(str),
     st.sampled_from(
-        ["1,234", "10,\\!000", "1{,}000", "3\\frac{1}{2}", "50\\%", "12_5", "1e5", "½"]
+        [
+            "1,234",
+            "10,\\!000",
+            "1{,}000",
+            "3\\frac{1}{2}",
+            "50\\%",
+            "12_5",
+            "1e5",
+            "½",
+            "2A_{16}",
+            "0.(3)",
+            "2¹⁰",
+            "0.1\\overline{6}",
+            "5!!",
+            "30^\\circ",
+        ]
     ),
 )
 _ATOMS = st.one_of(
-    _NUMBERS, st.sampled_from(["x", "y", "n", "\\pi", "e", "i", "\\theta", "x_1", "\\infty"])
+    _NUMBERS,
+    st.sampled_from(["x", "y", "n", "\\pi", "e", "i", "\\theta", "x_1", "x₁", "y'", "\\infty"]),
 )
 
 
@@ -43,6 +59,10 @@ def _grown(parts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         parts.map(lambda p: f"\\sqrt[3]{{{p}}}"),
         parts.map(lambda p: f"|{p}|"),
         parts.map(lambda p: f"({p})!"),
+        parts.map(lambda p: f"({p})!!"),
+        parts.map(lambda p: f"\\overline{{{p}}}"),
+        pair.map(lambda p: f"{p[0]}\\pm {p[1]}"),
+        pair.map(lambda p: f"{{{p[0]} \\choose {p[1]}}}"),
         st.tuples(st.sampled_from(["\\sin", "\\cos", "\\tan", "\\ln", "\\arctan"]), parts).map(
             lambda p: f"{p[0]}({p[1]})"
         ),
@@ -50,8 +70,40 @@ def _grown(parts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 
 
 VALUES = st.recursive(_ATOMS, _grown, max_leaves=6)
+_ENDS = st.one_of(
+    _NUMBERS, st.sampled_from(["\\infty", "-\\infty", "\\sqrt{2}", "\\pi", "-3", "0"])
+)
+_SETS = st.recursive(
+    st.one_of(
+        st.tuples(st.sampled_from("(["), _ENDS, _ENDS, st.sampled_from(")]")).map(
+            lambda v: f"{v[0]}{v[1]}, {v[2]}{v[3]}"
+        ),
+        st.lists(_ENDS, min_size=1, max_size=3).map(lambda v: f"\\{{{', '.join(v)}\\}}"),
+        st.tuples(st.sampled_from(["<", "\\ge", "\\ne", "\\in \\mathbb{R}, x >"]), _ENDS).map(
+            lambda v: f"\\{{x : x {v[0]} {v[1]}\\}}"
+        ),
+        st.sampled_from(["\\mathbb{R}", "\\emptyset", "\\mathbb{Z}"]),
+    ),
+    lambda parts: st.tuples(parts, st.sampled_from(["\\cup", "\\cap", "\\setminus"]), parts).map(
+        " ".join
+    ),
+    max_leaves=4,
+)
 ANSWERS = st.one_of(
     VALUES,
+    _SETS,
+    st.lists(
+        st.tuples(st.sampled_from("xy"), st.sampled_from("<>="), _ENDS).map("".join),
+        min_size=1,
+        max_size=3,
+    ).map(" and ".join),
+    st.lists(
+        st.tuples(st.sampled_from("xy"), st.sampled_from(["<", ">", "=", "\\ne "]), _ENDS).map(
+            "".join
+        ),
+        min_size=1,
+        max_size=3,
+    ).map(", ".join),
     st.lists(VALUES, min_size=2, max_size=4).map(", ".join),
     st.lists(VALUES, min_size=2, max_size=4).map(lambda v: f"({', '.join(v)})"),
     st.lists(VALUES, min_size=1, max_size=4).map(lambda v: f"\\{{{', '.join(v)}\\}}"),

@@ -26,6 +26,8 @@ CORRECT = [
     (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}"),
     (r"\sum_{k=1}^{\infty} \frac{1}{k^2}", r"\frac{\pi^2}{6}"),
     (r"\sum_{k=1}^{10} k^2", "385"),
+    (r"\sum_{k=0}^{\infty} \frac{1}{2^k}", "2"),
+    (r"\sum_{k=1}^{\infty} 3 \left(-\frac23\right)^{k-1}", r"\frac95"),
     (r"\sum_{k=0}^{n-1} F_{n-k-1} F_k", r"\sum_{k=0}^{n-1} F_k F_{n-k-1}"),
     (r"\prod_{k=1}^{5} k", "120"),
     (r"\lim_{x\to 0}\frac{\sin x}{x}", "1"),
@@ -44,6 +46,7 @@ CORRECT = [
 INCORRECT = [
     (r"\int_0^1 x dx", r"\frac13"),
     (r"\sum_{k=1}^{10} k^2", "386"),
+    (r"\sum_{k=1}^{\infty} \frac{1}{2^k}", "2"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2", r"\begin{pmatrix}1&4\\9&16\end{pmatrix}"),
     ("x^2 < 4", "(-2,3)"),
     ("x^2 - 4 = 0", "(x-2)(x+3) = 0"),

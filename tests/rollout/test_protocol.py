@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from eapo_fast.errors import ConfigError
@@ -62,9 +64,32 @@ def test_notices_per_status() -> None:
 
 
 def test_bad_protocols_are_refused() -> None:
-    with pytest.raises(ConfigError, match="max_turns 0"):
+    with pytest.raises(ConfigError, match="max_turns is 0"):
         ConsultProtocol(max_turns=0)
     with pytest.raises(ConfigError, match="empty"):
         ConsultProtocol(open_tag="")
     with pytest.raises(ConfigError, match="default"):
         ConsultProtocol(notices={})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"open_tag": "<q>"},
+        {"open_tag": "</consult>"},
+        {"open_tag": "\u2039ask"},
+        {"close_tag": ""},
+        {"query_tags": ("<q>",)},
+        {"query_tags": ("<q>", "<q>")},
+        {"answer_tags": ("<a {x}>", "</a>")},
+        {"answer_tags": ("<a {>", "</a>")},
+        {"notices": {"default": "none</advice>"}},
+        {"notices": {}},
+        {"max_turns": "3"},
+        {"max_queries": 0},
+    ],
+    ids=str,
+)
+def test_tags_that_cannot_work_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ConsultProtocol(**bad)

@@ -214,11 +214,16 @@ def test_user_errors_in_rewards_name_the_function(train: Callable[..., Trainer])
     def short(completions: list[Any], **_: Any) -> list[float]:
         return [1.0]
 
+    def words(completions: list[Any], **_: Any) -> list[Any]:
+        return [0.5, "right", *completions[2:]]
+
     place = r"'broken' on prompt .*\(row \d+\), rollout 0 of 4, raised KeyError"
     with pytest.raises(RewardError, match=place):
         train(reward_funcs=broken).train()
     with pytest.raises(RewardError, match=r"'short' .* returned 1 values"):
         train(reward_funcs=short).train()
+    with pytest.raises(RewardError, match=r"'words' .*rollout 1, returned 'right'"):
+        train(reward_funcs=words).train()
 
 
 def test_async_rewards_and_none_values(train: Callable[..., Trainer]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,11 @@ def _completed(row: Row, place: str) -> Row:
 
 def _checked_prompt(prompt: Any, place: str) -> Any:
     if isinstance(prompt, str) and prompt.strip():
-        return prompt
+        return _whole_characters(prompt, place)
     if isinstance(prompt, Sequence) and prompt and not isinstance(prompt, (str, bytes)):
         if all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt):
+            for message in prompt:
+                _whole_characters(str(message["content"]), place)
             return [dict(message) for message in prompt]
         raise DataError(f"{place}: every message needs a 'role' and a 'content'")
     raise DataError(
@@ -147,8 +150,21 @@ def _checked_prompt(prompt: Any, place: str) -> Any:
     )
 
 
+def _whole_characters(text: str, place: str) -> str:
+    """Return a text that a tokenizer can take: halves of surrogate pairs are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: half of a surrogate pair at character {error.start}; a text must be Unicode"
+        ) from error
+    return text
+
+
 def _with_answer(row: Row) -> Row:
-    given = row.get("answer") if row.get("answer") != "" else None
+    given = row.get("answer")
+    if given == "" or (isinstance(given, float) and not math.isfinite(given)):
+        given = row["answer"] = None  # tables write NaN where a value is missing
     source = given if given is not None else row.get("solution")
     if not isinstance(source, str):
         if given is not None:

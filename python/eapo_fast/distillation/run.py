@@ -77,8 +77,8 @@ class DistillSettings:
                 raise ConfigError(f"{name}: got {value}, allowed is {allowed} or more")
         for name in ("epochs", "learning_rate"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}: got {value}, allowed is a number above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}: got {value}, allowed is a finite number above 0")
 
     @property
     def peak_rate(self) -> float:
@@ -154,6 +154,11 @@ class _Run:
         )
         loaded = load_model(model, args)
         self.args = for_device(args, loaded.device)
+        widest = int(loaded.config.get_text_config().hidden_size)
+        if settings.lora and settings.lora > widest:
+            raise ConfigError(
+                f"lora: got rank {settings.lora}, allowed is at most the model's width {widest}"
+            )
         self.tokenizer = load_tokenizer(tokenizer, loaded)
         context = context_limit(loaded)
         limit = min(settings.max_length or context, context)
@@ -245,6 +250,8 @@ class _Run:
                 loss = -stats.logprob.sum() / tokens
                 loss.backward()
             total += float(loss.detach())
+            if not math.isfinite(total):
+                stats.check()
         return total, tokens
 
     def _resume(self, folder: Path) -> int:

@@ -35,6 +35,8 @@ Progress = Callable[[Sequence[Record], int, int, float], None]
 """Called with all records so far, how many of them are this call's, the number of problems, and the
 seconds of this call."""
 _GOLDS_SHOWN = 50
+_STEP = 0
+"""Part of the keys of all draws."""
 
 
 def evaluate_model(
@@ -210,6 +212,7 @@ class _Run:
             scheduler = None
             if self.expert is not None and len(store.records) < total:
                 scheduler = stack.enter_context(self._scheduler(self.expert))
+                scheduler.skip_parts(_STEP, -(-kept // size))
             while len(store.records) < total:
                 first = len(store.records)
                 chunk = self._chunk(first, min(first + size, total), scheduler, graders)
@@ -244,7 +247,7 @@ class _Run:
                 self.params,
                 protocol=self.protocol,
                 scheduler=scheduler,
-                step=0,
+                step=_STEP,
                 prompt_ids=range(first, stop),
                 problems=[problem_text(row["prompt"]) for row in self.rows[first:stop]],
                 on_group=grade,

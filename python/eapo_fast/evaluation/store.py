@@ -113,13 +113,21 @@ def read_result(folder: str | Path) -> tuple[dict[str, Any], list[Record]]:
 
     Raises:
         ConfigError: the folder holds none.
+        DataError: its files do not belong together.
     """
     path = Path(folder) / RESULT
     if not path.is_file():
         unfinished = (Path(folder) / IDENTITY).is_file()
         state = "an unfinished evaluation; repeat its command" if unfinished else "no evaluation"
         raise ConfigError(f"{folder} holds {state}")
-    return read_json(path), read_lines(Path(folder) / PROBLEMS)
+    result, records = read_json(path), read_lines(Path(folder) / PROBLEMS)
+    expected = result["results"]["problems"]
+    if [r.get("index") for r in records] != list(range(expected)):
+        raise DataError(
+            f"{Path(folder) / PROBLEMS}: got {len(records)} problems, {RESULT} has {expected}; the "
+            "file was changed"
+        )
+    return result, records
 
 
 def _whole_chunks(path: Path, chunk: int, problems: int) -> list[Record]:

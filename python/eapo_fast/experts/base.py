@@ -101,6 +101,9 @@ class ExpertReply:
     """Seconds that the expert asks to wait before another attempt."""
     billed: bool = True
     """False when the call surely cost nothing (for instance a refused connection)."""
+    unfit: bool = False
+    """The expert is the reason (its key, its model's name), not the question: a `Pool` asks another
+    member."""
     expert: str | None = None
     """Which member of a `Pool` answered."""
 
@@ -114,6 +117,7 @@ class ExpertReply:
         retry_after: float | None = None,
         billed: bool = True,
         usage: Usage | None = None,
+        unfit: bool = False,
     ) -> ExpertReply:
         """A failure as data; `retry=None` means: as usual for this status."""
         again = status in RETRYABLE if retry is None else retry
@@ -125,6 +129,7 @@ class ExpertReply:
             retry=again,
             retry_after=retry_after,
             billed=billed,
+            unfit=unfit,
         )
 
 
@@ -174,6 +179,8 @@ class Trace:
     """Which member of a `Pool` answered."""
     transforms: tuple[str, ...] = ()
     """What was done to the reply's text: cleaned, cut, redacted, escaped."""
+    unfit: bool = False
+    """It failed by the expert (key, address, model), not by the question."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,34 +6,34 @@ Everything here is thread-safe. `changed` guards the flights; it is notified at 
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 
 from eapo_fast.experts.base import (
-    Attempt,
+    ACCEPTED,
     ConsultRequest,
     ConsultResult,
     ConsultStatus,
     Expert,
     ExpertReply,
-    Trace,
     Usage,
 )
-from eapo_fast.experts.budget import Ledger, Reservation
+from eapo_fast.experts.budget import NANO, Ledger, Reservation
 from eapo_fast.experts.cache import Shelf, request_key
 from eapo_fast.experts.calling import worst_case
 from eapo_fast.experts.flights import Consult, Flight
+from eapo_fast.experts.kept import KeptReplies
 from eapo_fast.experts.metrics import Counters
 from eapo_fast.experts.policy import ConsultPolicy
 from eapo_fast.experts.recording import Recorder
 from eapo_fast.experts.replies import shape
+from eapo_fast.experts.results import attempt_of, brief, result_of
 from eapo_fast.experts.secret import redact
 
 logger = logging.getLogger("eapo_fast.experts")
-MAX_DETAIL = 500
 QUIET: frozenset[str] = frozenset({"ok", "cached", "declined", "budget", "cancelled"})
 """Statuses that need no line in the log."""
 
@@ -56,13 +56,14 @@ class Board:
         self._immediate = bool(getattr(expert, "immediate", False))
         self._warned: set[str] = set()
         self._landed = 0
-        self._shelf = Shelf(None if self._replays else policy)
+        self._shelf = Shelf(None if self._replays else policy, self._cannot_store)
+        self.kept: KeptReplies | None = None
         self.recorder = None if policy.record is None else Recorder(policy.record)
 
     def enter(self, consult: Consult) -> Flight | None:
         """Answer from the cache, join a flight, or open one; returns a flight that is new."""
         consult.key = key = request_key(self._identity, consult.request)
-        landed, stored = self._landed, self._shelf.get(key, consult.request)
+        landed, stored = self._landed, self._stored(key, consult.request)
         if stored is not None:
             self._end(consult, stored)
             return None
@@ -84,6 +85,10 @@ class Board:
             return flight
         self._end(consult, failure)
         return None
+
+    def _stored(self, key: str, request: ConsultRequest) -> ExpertReply | None:
+        kept = self.kept.get(key, request) if self.kept else None
+        return kept or self._shelf.get(key, request)
 
     def _join(self, consult: Consult, flight: Flight) -> None:
         consult.flight = flight
@@ -117,23 +122,27 @@ class Board:
             extra = self._hold(flight)
         except Exception:  # the expert's own bound is the user's code
             return None
+        flight.extra = extra
         if extra is not None and flight.reservation is not None:
             flight.held = extra.amount.plus(flight.reservation.amount).most(flight.held)
         return extra
 
-    def begin(self, flights: Sequence[Flight]) -> None:
-        """An attempt of `flights` goes to the expert now."""
+    def begin(self, flights: Sequence[Flight]) -> list[Flight]:
+        """An attempt goes to the expert now; returns the flights that somebody waits for still."""
         now = 0.0 if self._immediate else time.monotonic()
-        for flight in flights:
-            flight.attempts += 1
-            flight.sent = True
-            flight.began = now
-        self.counters.add("sent", len(flights))
+        with self.changed:
+            live = [flight for flight in flights if flight.waiters]
+            for flight in live:
+                flight.attempts += 1
+                flight.sent = True
+                flight.began = now
+        self.counters.add("sent", len(live))
+        return live
 
     def settle(self, flight: Flight, reply: ExpertReply | None) -> None:
         """Close the books of an attempt; None: it was sent and nothing came back."""
         if flight.sent:
-            flight.log.append(self._attempt(flight, reply))
+            flight.log.append(attempt_of(flight, reply, timed=not self._immediate))
         flight.sent = False
         if flight.reservation is not None:
             self.close_reservation(flight, flight.reservation, reply)
@@ -147,32 +156,42 @@ class Board:
             self.ledger.release(reservation)
             return
         usage = reply.usage if reply else None
-        amount = self.ledger.settle(reservation, usage)
-        flight.cost += amount.nano / 1e9
-        self.counters.charged(usage.tokens if usage else 0, amount.nano / 1e9)
+        with self.changed:  # who ends now carries what is charged now, or somebody after them
+            amount = self.ledger.settle(reservation, usage)
+            flight.nano += amount.nano
+        if not amount.consults:
+            return  # closed before, when nobody waited for it any more
+        self.counters.charged(usage.tokens if usage else 0, amount.nano / NANO)
 
-    def _attempt(self, flight: Flight, reply: ExpertReply | None) -> Attempt:
-        if self._immediate:
-            seconds = start = 0.0
-        else:
-            start, seconds = flight.began - flight.opened, time.monotonic() - flight.began
-        lost: ConsultStatus = "timeout" if flight.expired else "cancelled"
-        expert = reply.expert if reply else None
-        return Attempt(start, seconds, reply.status if reply else lost, expert)
+    def write_off(self, flight: Flight) -> None:
+        """Keep all that is held for calls under way: nobody waits for what they will use."""
+        if not flight.sent:
+            return
+        for reservation in (flight.reservation, flight.extra):
+            if reservation is not None:
+                self.close_reservation(flight, reservation, None)
 
     def land(self, flight: Flight, reply: ExpertReply) -> None:
-        """End every waiter of the flight; the first one carries its cost."""
+        """End every waiter of the flight; the first of the last to go carries its cost."""
         if reply.status == "ok" and shape(reply, self.policy).status != "malformed":
-            self._store(flight, reply)
-        usage, cost = reply.usage, flight.cost
-        for consult in self.thin(flight, lambda _: True):
-            self._end(consult, reply, usage, cost)
-            usage, cost = None, 0.0
+            self._shelf.put(flight.key, flight.request, reply)
+        self._end_all(flight, self.thin(flight, lambda _: True), reply, reply.usage)
 
     def drop(self, flight: Flight, reply: ExpertReply, hopeless: Callable[[Consult], bool]) -> None:
         """End the waiters that are `hopeless` with a failure; the others wait on."""
-        for consult in self.thin(flight, hopeless):
-            self._end(consult, reply)
+        self._end_all(flight, self.thin(flight, hopeless), reply)
+
+    def _end_all(
+        self,
+        flight: Flight,
+        gone: Sequence[Consult],
+        reply: ExpertReply,
+        usage: Usage | None = None,
+    ) -> None:
+        cost = 0.0 if flight.waiters else flight.nano / NANO
+        for consult in gone:
+            self._end(consult, reply, usage, cost)
+            usage, cost = None, 0.0
 
     def thin(self, flight: Flight, goes: Callable[[Consult], bool]) -> list[Consult]:
         """Take waiters off a flight; one without waiters can no longer be joined."""
@@ -189,12 +208,14 @@ class Board:
         flight = consult.flight
         if flight is None or consult.claimed:
             return None
-        gone = self.thin(flight, lambda other: other is consult)
-        if status == "timeout" and not flight.waiters:
-            flight.expired = True
-        for other in gone:
-            self._end(other, ExpertReply.failed(status, f"ended at {status}"))
-        return flight if gone and not flight.waiters else None
+        with self.changed:
+            gone = self.thin(flight, lambda other: other is consult)
+            dead = bool(gone) and not flight.waiters
+            if dead:
+                flight.expired = status == "timeout"
+                self.write_off(flight)
+        self._end_all(flight, gone, ExpertReply.failed(status, f"ended at {status}"))
+        return flight if dead else None
 
     def decline(self, consult: Consult) -> None:
         """End a consult that the gate refused before dispatch."""
@@ -218,64 +239,34 @@ class Board:
             if consult.claimed:
                 return
             consult.claimed = True
-        self._record(consult.request, reply)
-        result = self._result(consult, reply, usage, cost)
+        self._record(consult, reply)
+        try:
+            timed = not self._immediate
+            result = result_of(consult, reply, usage, cost, self.policy, timed=timed)
+        except Exception as error:  # whatever is wrong with a reply, nobody waits for ever
+            result = ConsultResult("malformed", cost=cost, detail=brief(repr(error)))
         self.counters.ended(result)
-        self._log(reply.status, result.detail)
+        self._log(result.status if reply.status in ACCEPTED else reply.status, result.detail)
         with self.changed:
             consult.handle._result = result
             self.outstanding.pop(consult, None)
             self.completed += 1
             self.changed.notify_all()
 
-    def _result(
-        self, consult: Consult, reply: ExpertReply, usage: Usage | None, cost: float
-    ) -> ConsultResult:
-        status, text, truncated, transforms, detail = shape(reply, self.policy)
-        if not consult.accept and status != "cancelled":
-            status, text, truncated, transforms = "declined", "", False, ()
-        waited = consult.flight is not None and consult.deadline < float("inf")
-        return ConsultResult(
-            status,
-            text,
-            usage,
-            cost,
-            time.monotonic() - consult.submitted if waited else 0.0,
-            reply.model,
-            truncated,
-            redact(detail)[:MAX_DETAIL],
-            self._trace(consult, reply, transforms),
-        )
+    def _record(self, consult: Consult, reply: ExpertReply) -> None:
+        if self.kept is not None and reply.status in ACCEPTED:
+            self._write("kept", partial(self.kept.put, consult.key, consult.request, reply))
+        if self.recorder is not None and reply.status not in ("declined", "cancelled"):
+            self._write("recorded", partial(self.recorder.write, consult.request, reply))
 
-    def _trace(self, consult: Consult, reply: ExpertReply, transforms: tuple[str, ...]) -> Trace:
-        flight = consult.flight
-        if flight is None:
-            source = "cache" if reply.status == "cached" else "none"
-            return Trace(consult.key, source, expert=reply.expert, transforms=transforms)  # type: ignore[arg-type]
-        running = (self._attempt(flight, reply),) if flight.sent else ()
-        return Trace(
-            consult.key,
-            "merged" if consult.merged else "expert",
-            (*flight.log, *running),
-            flight.held.tokens,
-            flight.held.nano / 1e9,
-            reply.expert,
-            transforms,
-        )
-
-    def _record(self, request: ConsultRequest, reply: ExpertReply) -> None:
-        if self.recorder is None or reply.status in ("declined", "cancelled"):
-            return
+    def _write(self, what: str, write: Callable[[], None]) -> None:
         try:
-            self.recorder.write(request, reply)
-        except (OSError, ValueError) as error:
-            self._warn_once("record", f"a consult could not be recorded: {error}")
+            write()
+        except (OSError, TypeError, ValueError) as error:
+            self._warn_once(what, f"a consult could not be {what}: {error}")
 
-    def _store(self, flight: Flight, reply: ExpertReply) -> None:
-        try:
-            self._shelf.put(flight.key, flight.request, reply)
-        except sqlite3.Error as error:
-            self._warn_once("cache", f"a reply could not be cached: {error}")
+    def _cannot_store(self, error: Exception) -> None:
+        self._warn_once("cache", f"a reply could not be cached: {error}")
 
     def _log(self, status: ConsultStatus, detail: str) -> None:
         bad_query = self._immediate and status in ("malformed", "refused")
@@ -288,7 +279,9 @@ class Board:
         logger.log(level, "%s", redact(message))
 
     def close(self) -> None:
-        """Let go of the cache and the record."""
+        """Let go of the files."""
         self._shelf.close()
+        if self.kept:
+            self.kept.close()
         if self.recorder:
             self.recorder.close()

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from eapo_fast.errors import ConfigError, DataError
 from eapo_fast.experts.base import ConsultRequest, Usage
+from eapo_fast.experts.checks import is_number
 from eapo_fast.experts.journal import Journal, note
 
 Per = Literal["run", "step", "prompt", "rollout"]
@@ -63,7 +64,7 @@ class Budget:
             raise ConfigError(f"per is {self.per!r}; allowed are {', '.join(get_args(Per))}.")
         for name in ("consults", "tokens", "money"):
             cap = getattr(self, name)
-            if cap is not None and not (cap >= 0 and math.isfinite(cap)):
+            if cap is not None and not (is_number(cap) and cap >= 0):
                 raise ConfigError(f"{name} is {cap!r}; it must be None or a finite number >= 0.")
 
     def allows(self, total: Amount) -> bool:
@@ -235,7 +236,11 @@ class Ledger:
 def _as_tuple(budgets: Budget | Sequence[Budget] | None) -> tuple[Budget, ...]:
     if budgets is None:
         return ()
-    return (budgets,) if isinstance(budgets, Budget) else tuple(budgets)
+    several = budgets if isinstance(budgets, list | tuple) else (budgets,)
+    for budget in several:
+        if not isinstance(budget, Budget):
+            raise ConfigError(f"budget is {budget!r}; give a Budget, or a list of them.")
+    return tuple(several)
 
 
 def _key(per: Per, request: ConsultRequest | None) -> str:

@@ -1,17 +1,15 @@
-"""Replies bought once: a canonical key, a store in memory, and one in SQLite (JSON values)."""
+"""Replies bought once: a canonical key, a store in memory, and what is kept for how long."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
 import threading
+from collections.abc import Callable
 from dataclasses import replace
-from os import PathLike, fspath
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, Protocol
 
-from eapo_fast.errors import ConfigError
 from eapo_fast.experts.base import ConsultRequest, ExpertReply, Usage
 
 if TYPE_CHECKING:
@@ -100,48 +98,6 @@ class MemoryCache:
         """Nothing to let go of."""
 
 
-class SqliteCache:
-    """A cache in one SQLite file (write-ahead log), shared by runs; values are JSON."""
-
-    def __init__(self, path: str | PathLike[str]) -> None:
-        self._lock = threading.Lock()
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(
-                fspath(path), check_same_thread=False, isolation_level=None, timeout=5.0
-            )
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, value TEXT NOT NULL)"
-            )
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(
-                f"expert cache {fspath(path)!r} cannot be opened ({error}); "
-                "name a writable SQLite file or drop the setting."
-            ) from None
-
-    def get(self, key: str) -> ExpertReply | None:
-        """The reply stored under `key`; a damaged entry counts as absent."""
-        try:
-            with self._lock:
-                row = self._db.execute("SELECT value FROM replies WHERE key = ?", (key,)).fetchone()
-            return reply_from_json(json.loads(row[0])) if row else None
-        except (sqlite3.Error, ValueError):
-            return None
-
-    def put(self, key: str, reply: ExpertReply) -> None:
-        """Store an accepted reply; sqlite3.Error if the disk refuses."""
-        row = (key, json.dumps(reply_to_json(reply)))
-        with self._lock:
-            self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", row)
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            self._db.close()
-
-
 class Shelf:
     """The replies that one scheduler may give again, by the policy's `dedup` and `cache`.
 
@@ -149,13 +105,15 @@ class Shelf:
     long as the scheduler lives. `cache` keeps them beyond that. None keeps nothing.
     """
 
-    def __init__(self, policy: ConsultPolicy | None) -> None:
+    def __init__(
+        self, policy: ConsultPolicy | None, report: Callable[[Exception], None] = lambda _: None
+    ) -> None:
         self._per_step = policy is not None and policy.dedup == "step"
         self._step: int | None = None
         self._lock = threading.Lock()
         keeps = policy is not None and policy.dedup in ("step", "run")
         self._memory = MemoryCache() if keeps else None
-        self._lasting = open_cache(policy.cache) if policy is not None else None
+        self._lasting = open_cache(policy.cache, report) if policy is not None else None
 
     def get(self, key: str, request: ConsultRequest) -> ExpertReply | None:
         """The stored reply as a `cached` one, if there is one for this request."""
@@ -169,7 +127,7 @@ class Shelf:
         return None if found is None else replace(found, status="cached", usage=None)
 
     def put(self, key: str, request: ConsultRequest, reply: ExpertReply) -> None:
-        """Store an accepted reply; sqlite3.Error if the disk refuses."""
+        """Store an accepted reply."""
         if self._memory is not None:
             with self._lock:
                 if not self._per_step or request.step == self._step:
@@ -188,8 +146,15 @@ class Shelf:
             self._lasting.close()
 
 
-def open_cache(where: str | PathLike[str] | None) -> Cache | None:
-    """None, the in-memory cache for "memory", or the SQLite cache at a path."""
+def open_cache(
+    where: str | PathLike[str] | None, report: Callable[[Exception], None]
+) -> Cache | None:
+    """None, the in-memory cache for "memory", or the SQLite cache at a path.
+
+    `report` is told, from another thread, why replies could not be written.
+    """
     if where is None:
         return None
-    return MemoryCache() if where == "memory" else SqliteCache(where)
+    from eapo_fast.experts.sqlite_cache import SqliteCache
+
+    return MemoryCache() if where == "memory" else SqliteCache(where, report)

@@ -18,7 +18,8 @@ from eapo_fast.experts.arithmetic import (
 from eapo_fast.experts.base import ConsultRequest, ExpertReply, Usage
 
 _LEAD = re.compile(r"^\s*(?:what\s+is|compute|calculate|evaluate|simplify|solve)\b\s*:?", re.I)
-_TAIL = re.compile(r"(?:\bfor\s+[A-Za-z]\w*)?\s*[?.;]?\s*$", re.I)
+_UNKNOWN = re.compile(r"[A-Za-z]\w*")
+_FOR = re.compile(r"\bfor\Z", re.I)
 
 
 class Calculator:
@@ -84,7 +85,12 @@ def _bare(query: str, limits: Limits) -> str:
     """The query without the words around a calculation; an overlong one is left as it is."""
     if len(query) > limits.bytes:
         return query
-    return _TAIL.sub("", _LEAD.sub("", query, count=1), count=1)
+    text = _LEAD.sub("", query, count=1).rstrip()
+    text = text[:-1].rstrip() if text.endswith(("?", ".", ";")) else text
+    words = text.rsplit(None, 1)
+    if len(words) == 2 and _UNKNOWN.fullmatch(words[1]) and _FOR.search(words[0]):
+        return words[0][:-3]
+    return text
 
 
 def _decimal(value: Fraction) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eapo_fast.experts.base import ConsultRequest, ConsultStatus, ExpertReply, Usage
+from eapo_fast.experts.secret import scrub_hidden
 
 SYSTEM = (
     "You advise a student who solves a problem alone. Answer the question with a short, "
@@ -18,9 +19,11 @@ SYSTEM = (
 )
 PROMPT = "Problem:\n{problem}\n\nQuestion:\n{query}"
 
-_THINKING = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_OPEN = re.compile(r"<think(?:ing)?>.*\Z", re.DOTALL | re.IGNORECASE)
-_CLOSED = re.compile(r"\A.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+UNFIT = frozenset({301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 407, 410})
+"""HTTP statuses of a wrong address, key, account or model: no question would be answered."""
+
+_THINK_TAG = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
+_QUOTED = 200
 _FIELD = re.compile(r"\{(problem|query)\}")
 
 
@@ -37,9 +40,21 @@ def messages(system: str, prompt: str, request: ConsultRequest) -> list[dict[str
 
 
 def strip_thinking(text: str) -> str:
-    """`text` without thinking blocks: whole, opened in the prompt, or cut before their end."""
-    text = _THINKING.sub("", text)
-    return _OPEN.sub("", _CLOSED.sub("", text, count=1), count=1).strip()
+    """`text` without thinking blocks: whole, opened in the prompt, or cut before their end.
+
+    One pass, whatever the text: a reply of nothing but tags must not hold the event loop.
+    """
+    kept: list[str] = []
+    start, inside = 0, False
+    for tag in _THINK_TAG.finditer(text):
+        closes = bool(tag[1])
+        if closes and not inside:
+            kept.clear()  # it was opened in the prompt
+        elif not closes and not inside:
+            kept.append(text[start : tag.start()])
+        inside = not closes
+        start = tag.end()
+    return "".join(kept if inside else [*kept, text[start:]]).strip()
 
 
 def parse_completion(body: bytes, prices: tuple[float, float] | None) -> ExpertReply:
@@ -101,8 +116,9 @@ def parse_error(status: int, headers: Mapping[str, str], body: bytes) -> ExpertR
         return ExpertReply.failed("rate", detail, retry_after=wait, billed=False)
     if status == 408 or status >= 500:
         return ExpertReply.failed("down", detail, retry_after=wait)
-    kind: ConsultStatus = "too_long" if status == 413 else "refused"
-    return ExpertReply.failed(kind, detail, billed=False)
+    if status == 413:
+        return ExpertReply.failed("too_long", detail, billed=False)
+    return ExpertReply.failed("refused", detail, billed=False, unfit=status in UNFIT)
 
 
 def retry_after(value: str | None, now: float | None = None) -> float | None:
@@ -136,11 +152,10 @@ def _seconds_until(date: str, now: float) -> float:
 
 
 def _start(body: bytes) -> str:
-    return repr(body[:200].decode(errors="replace"))
+    """The beginning of a body; keys go first, or the cut would leave a part of one."""
+    return repr(scrub_hidden(body.decode(errors="replace"))[:_QUOTED])
 
 
-def request_body(
-    model: str, chat: list[dict[str, str]], options: Mapping[str, Any]
-) -> dict[str, Any]:
+def request_body(chat: list[dict[str, str]], options: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON body; options override."""
-    return {"model": model, "messages": chat, "stream": False, **options}
+    return {"messages": chat, "stream": False, **options}

@@ -15,6 +15,7 @@ from eapo_fast.experts.breaker import Breaker
 from eapo_fast.experts.calling import call_expert
 from eapo_fast.experts.flights import Consult, Flight
 from eapo_fast.experts.hedging import Hedges
+from eapo_fast.experts.slots import Slots
 
 BACKOFF_BASE = 0.5
 BACKOFF_CAP = 8.0
@@ -48,7 +49,7 @@ class Dispatcher:
         self.seed = seed
         self.breaker = Breaker(policy.breaker_failures, policy.breaker_period)
         self._batch_size = max(1, int(board.expert.max_batch_size))
-        self._slots = asyncio.Semaphore(policy.max_concurrency)
+        self._slots = Slots(policy.max_concurrency)
         self._pending: deque[Flight] = deque()
         self._age: asyncio.TimerHandle | None = None
         self._resume_at = 0.0
@@ -141,27 +142,36 @@ class Dispatcher:
             await asyncio.sleep(rest)
 
     async def _attempt(self, flights: Sequence[Flight]) -> list[tuple[Flight, ExpertReply]]:
-        live = [flight for flight in flights if flight.waiters]
-        dead = [(flight, _unbilled()) for flight in flights if not flight.waiters]
-        if not live:
-            return dead
-        if not self.breaker.allow(self.loop.time()):
-            self.board.counters.add("blocked_by_breaker", len(live))
+        waited = [flight for flight in flights if flight.waiters]
+        if waited and not self.breaker.allow(self.loop.time()):
+            self.board.counters.add("blocked_by_breaker", len(waited))
             blocked = ExpertReply.failed("down", "left alone after failures", billed=False)
-            return [*dead, *((flight, blocked) for flight in live)]
-        self.board.begin(live)
+            return [(flight, blocked if flight in waited else _unbilled()) for flight in flights]
+        live = self.board.begin(waited)
+        dead = [(flight, _unbilled()) for flight in flights if flight not in live]
+        if not live:
+            if waited:
+                self.breaker.abandon(self.loop.time())
+            return dead
+        cuts = self._slots.cuts
         replies = await self._ask(live)
-        self._judge(replies)
+        self._judge(replies, cuts)
         return [*dead, *zip(live, replies, strict=True)]
 
     async def _ask(self, flights: Sequence[Flight]) -> list[ExpertReply]:
         requests = [flight.request for flight in flights]
-        if self.board.policy.hedge_after is None or len(flights) > 1:
+        probing = self.breaker.state != "closed"  # a probe is one call
+        if self.board.policy.hedge_after is None or len(flights) > 1 or probing:
             return await call_expert(self.board.expert, requests)
         return [await self._hedges.ask(flights[0])]
 
-    def _judge(self, replies: Sequence[ExpertReply]) -> None:
+    def _judge(self, replies: Sequence[ExpertReply], cuts: int) -> None:
         now = self.loop.time()
+        if any(reply.status == "rate" for reply in replies):
+            self._slots.too_many(cuts)
+        elif any(reply.status == "ok" for reply in replies):
+            self._slots.answered()
+        self.board.counters.limit(int(self._slots.limit))
         if all(reply.status == "down" for reply in replies):
             self.breaker.failure(now)
         else:

@@ -56,6 +56,8 @@ class Flight:
     """Consults that still wait; a flight without any is dead."""
     reservation: Reservation | None = None
     """Worst case of the current attempt."""
+    extra: Reservation | None = None
+    """Worst case of a call beside it."""
     held: Amount = field(default_factory=Amount)
     """Most that was reserved at once."""
     attempts: int = 0
@@ -64,8 +66,8 @@ class Flight:
     """Monotonic seconds at which the current attempt began."""
     log: list[Attempt] = field(default_factory=list)
     """Attempts that ended."""
-    cost: float = 0.0
-    """Money charged by all attempts."""
+    nano: int = 0
+    """Money charged by all attempts, nano-units."""
     expired: bool = False
     """It died of a deadline, not of a cancellation."""
     sent: bool = False

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from eapo_fast.experts.base import ACCEPTED, Attempt, ExpertReply
 from eapo_fast.experts.budget import Reservation
 from eapo_fast.experts.calling import call_expert
+from eapo_fast.experts.slots import Slots
 
 if TYPE_CHECKING:
     from eapo_fast.experts.board import Board
@@ -26,7 +27,7 @@ class Hedges:
     slot is free at once, and hedges stay under their share of the calls.
     """
 
-    def __init__(self, board: Board, slots: asyncio.Semaphore) -> None:
+    def __init__(self, board: Board, slots: Slots) -> None:
         self._board = board
         self._slots = slots
         self._asked = 0

@@ -7,6 +7,7 @@ last moments.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -17,6 +18,7 @@ from eapo_fast.errors import ConfigError, DataError
 from eapo_fast.experts.lines import read_sealed, sealed
 from eapo_fast.experts.recording import end_torn_line
 
+logger = logging.getLogger("eapo_fast.experts")
 Change = tuple[tuple[tuple[str, str], ...], tuple[int, int, int]]
 """Accounts as (scope, key), and what is added to each: consults, tokens, nano-units of money."""
 
@@ -33,6 +35,7 @@ class Journal:
         self.path = Path(path)
         self.number = 0
         self._lock = threading.Lock()
+        self._told = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and not resumed:
@@ -66,6 +69,12 @@ class Journal:
             self._file.flush()
             self.number += 1
 
+    def refused(self, error: Exception) -> None:
+        """Say once why nothing is spent any more."""
+        if not self._told:
+            self._told = True
+            logger.warning("%s cannot be written, so consults end as budget: %s", self.path, error)
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -80,6 +89,7 @@ def note(journal: Journal | None, accounts: Sequence[Any], add: Sequence[int]) -
         return True
     try:
         journal.write(accounts, add)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        journal.refused(error)
         return False
     return True

@@ -13,7 +13,9 @@ from eapo_fast.errors import ConfigError, EapoError, ModelError
 from eapo_fast.experts.base import ConsultRequest, ExpertReply, Usage
 from eapo_fast.experts.calling import PROMPT_OVERHEAD, text_bytes
 from eapo_fast.experts.chat import PROMPT, SYSTEM, messages, strip_thinking
-from eapo_fast.experts.sanitize import escape_tags
+from eapo_fast.experts.checks import checked_count, checked_prompt
+from eapo_fast.experts.lines import digest
+from eapo_fast.experts.sanitize import escape_tags, whole_characters
 from eapo_fast.experts.threads import DaemonPool
 
 if TYPE_CHECKING:
@@ -44,15 +46,11 @@ class LocalModel:
         max_batch_size: int = 8,
         device: str | None = None,
     ) -> None:
-        if "{query}" not in prompt:
-            raise ConfigError("prompt has no {query}; the expert would never see the question.")
-        if min(max_reply_tokens, max_batch_size) < 1:
-            raise ConfigError("max_reply_tokens and max_batch_size must be 1 or more.")
+        self.prompt = checked_prompt(prompt)
+        self.max_reply_tokens = checked_count("max_reply_tokens", max_reply_tokens)
+        self.max_batch_size = checked_count("max_batch_size", max_batch_size)
         self.model, self.tokenizer = _load(model, tokenizer, device)
-        self.prompt = prompt
         self.system = system
-        self.max_reply_tokens = max_reply_tokens
-        self.max_batch_size = max_batch_size
         from eapo_fast.engine import Sampler, SamplerConfig
 
         self._sampler = Sampler(
@@ -64,7 +62,8 @@ class LocalModel:
     @property
     def identity(self) -> str:
         """Part of cache keys."""
-        return f"local:{self.name}:{self.max_reply_tokens}:{self.system}:{self.prompt}"
+        rest = f"{self.max_reply_tokens}:{self.system}:{self.prompt}"
+        return f"local:{self.name}:{_fingerprint(self.model)}:{rest}"
 
     def worst_case(self, request: ConsultRequest) -> Usage:
         """Bound on one call; free of charge."""
@@ -116,9 +115,11 @@ class LocalModel:
 
     def _encode(self, request: ConsultRequest) -> list[int]:
         special = [token for token in self.tokenizer.all_special_tokens if token]
-        safe = ConsultRequest(
-            escape_tags(request.query, special), escape_tags(request.problem, special)
+        query, problem = (
+            escape_tags(whole_characters(text), special)  # one bad text must not spoil a batch
+            for text in (request.query, request.problem)
         )
+        safe = ConsultRequest(query, problem)
         chat = messages(self.system, self.prompt, safe)
         if getattr(self.tokenizer, "chat_template", None):
             text = self.tokenizer.apply_chat_template(
@@ -162,6 +163,15 @@ class LocalModel:
 
     def __repr__(self) -> str:
         return f"LocalModel({self.name!r}, max_reply_tokens={self.max_reply_tokens})"
+
+
+def _fingerprint(model: Any) -> str:
+    """A digest of a few weights of each tensor: two models of one name are two experts."""
+    parts = [
+        (name, tuple(tensor.shape), tensor.detach().flatten()[:4].tolist())
+        for name, tensor in model.named_parameters()
+    ]
+    return digest(repr(parts))
 
 
 def _already_set() -> threading.Event:

@@ -35,6 +35,7 @@ class Counters:
         self._latencies: list[float] = []
         self._cost = 0.0
         self._tokens = 0
+        self._limit = 0
 
     def add(self, name: str, amount: int = 1) -> None:
         """Count an event."""
@@ -59,6 +60,11 @@ class Counters:
         with self._lock:
             return unknown if self._typical is None else self._typical
 
+    def limit(self, calls: int) -> None:
+        """Note how many calls at once the expert is trusted with now."""
+        with self._lock:
+            self._limit = min(calls, self._limit or calls)
+
     def charged(self, tokens: int, cost: float) -> None:
         """Count what a call was charged."""
         with self._lock:
@@ -69,11 +75,12 @@ class Counters:
         """All metrics since the last drain; the set of names never changes."""
         with self._lock:
             counts, latencies = self._counts, sorted(self._latencies)
-            tokens, cost = self._tokens, self._cost
+            tokens, cost, limit = self._tokens, self._cost, self._limit
             self._reset()
         share = counts["accepted"] / counts["asked"] if counts["asked"] else 0.0
         values = {name: float(counts[name]) for name in (*COUNTS, *STATUSES)}
         values |= {"accepted_share": share, "tokens": float(tokens), "cost": cost}
+        values |= {"concurrency": float(limit)}
         shared = (counts["merged"] + counts["cached"]) / max(
             1, counts["asked"] - counts["declined"]
         )

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from eapo_fast.errors import ConfigError
 from eapo_fast.experts.base import ConsultRequest, ExpertReply, Usage
 from eapo_fast.experts.calling import PROMPT_OVERHEAD, text_bytes
 from eapo_fast.experts.chat import (
@@ -22,6 +21,16 @@ from eapo_fast.experts.chat import (
     parse_error,
     price,
     request_body,
+)
+from eapo_fast.experts.checks import (
+    body_options,
+    checked_count,
+    checked_extra,
+    checked_number,
+    checked_prices,
+    checked_prompt,
+    checked_text,
+    checked_url,
 )
 from eapo_fast.experts.secret import read_secret
 
@@ -41,6 +50,8 @@ class OpenAICompatible:
     The scheduler owns retries and the deadline; here only connecting is bounded. The key is read
     once from a variable or a file, goes into the Authorization header and nowhere else.
     `prices` = (per million tokens read, per million written) makes money budgets possible.
+    `extra_body` is added to each request; a value of None leaves a standard field out, for servers
+    that want `max_completion_tokens` in the place of `max_tokens`.
     `prompt` and `system` are templates with {problem} and {query}. Thinking blocks are removed; a
     reply cut by the server at `max_reply_tokens` is kept and flagged `truncated`, or is
     `too_long` if nothing but thinking was written. ConfigError for an unusable setting.
@@ -65,31 +76,21 @@ class OpenAICompatible:
     ) -> None:
         import httpx  # noqa: F401  (here, so that it is not in the time of the first consult)
 
-        self.base_url = _checked_url(base_url)
-        self.model = model
-        self.prompt = prompt
+        self.base_url = checked_url(base_url)
+        self.model = checked_text("model", model)
+        self.prompt = checked_prompt(prompt)
         self.system = system
-        self.max_reply_tokens = max_reply_tokens
-        self.temperature = temperature
-        self.extra_body = dict(extra_body or {})
-        self.prices = prices
+        self.max_reply_tokens = checked_count("max_reply_tokens", max_reply_tokens)
+        self.temperature = checked_number("temperature", temperature)
+        self.extra_body = checked_extra(extra_body or {})
+        self.prices = checked_prices(prices)
         self._key = read_secret(api_key_env, api_key_file)
         self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
             weakref.WeakKeyDictionary()
         )
-        self._check()
-
-    def _check(self) -> None:
-        if "{query}" not in self.prompt:
-            raise ConfigError("prompt has no {query}; the expert would never see the question.")
-        if self.max_reply_tokens < 1:
-            raise ConfigError(f"max_reply_tokens is {self.max_reply_tokens}; it must be 1 or more.")
-        if self.prices is not None and not (len(self.prices) == 2 and min(self.prices) >= 0):
-            raise ConfigError(f"prices is {self.prices!r}; give (per million read, written) >= 0.")
-        try:
-            json.dumps(self.extra_body)
-        except (TypeError, ValueError):
-            raise ConfigError("extra_body must be JSON: text, numbers, lists, objects.") from None
+        self._options, self._most_written = body_options(
+            self.model, self.max_reply_tokens, self.temperature, self.extra_body
+        )
 
     @property
     def priced(self) -> bool:
@@ -99,16 +100,13 @@ class OpenAICompatible:
     @property
     def identity(self) -> str:
         """Part of cache keys: everything that decides a reply, and no key."""
-        return json.dumps([self.base_url, self.system, self.prompt, self._body_options()])
-
-    def _body_options(self) -> dict[str, Any]:
-        standard = {"max_tokens": self.max_reply_tokens, "temperature": self.temperature}
-        return {"model": self.model, **standard, **self.extra_body}
+        return json.dumps([self.base_url, self.system, self.prompt, self._options])
 
     def worst_case(self, request: ConsultRequest) -> Usage:
-        """Bound on one call: bytes read, the reply cap written."""
+        """Bound on one call: bytes read, the largest cap that is sent written."""
+        written = self._most_written
         read = text_bytes(request) + len(f"{self.system}{self.prompt}".encode()) + PROMPT_OVERHEAD
-        return Usage(read, self.max_reply_tokens, price(read, self.max_reply_tokens, self.prices))
+        return Usage(read, written, price(read, written, self.prices))
 
     async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
         """One POST per request, at the same time if there are several."""
@@ -118,7 +116,7 @@ class OpenAICompatible:
         import httpx
 
         chat = messages(self.system, self.prompt, request)
-        body = request_body(self.model, chat, self._body_options())
+        body = request_body(chat, self._options)
         try:
             return await self._post(json.dumps(body).encode())
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -207,26 +205,6 @@ async def _read(response: httpx.Response) -> bytes | None:
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _checked_url(base_url: str) -> str:
-    try:
-        parts = urllib.parse.urlsplit(base_url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname)
-        plain = not (parts.username or parts.password or parts.query or parts.fragment)
-        _ = parts.port
-    except ValueError:
-        valid, plain = False, True
-    if not plain:
-        raise ConfigError(
-            "expert base_url holds a user, password, query or fragment; give the plain address "
-            "and put the key into api_key_env or api_key_file."
-        )
-    if not valid:
-        raise ConfigError(
-            f"expert base_url is {base_url!r}; give an address such as http://127.0.0.1:8000/v1."
-        )
-    return base_url.rstrip("/")
 
 
 def _is_loopback(url: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from eapo_fast.errors import ConfigError, suggest
 from eapo_fast.experts.base import STATUSES
+from eapo_fast.experts.checks import checked_count, checked_number, is_number
 from eapo_fast.experts.gate import SCHEDULES, Schedule, acceptance
 
 Gate = Literal["before_dispatch", "after_reply"]
@@ -38,7 +39,7 @@ class ConsultPolicy:
     timeout: float = 60.0
     """Seconds from submission after which a consult ends, whatever it waits for."""
     max_concurrency: int = 64
-    """Calls to the expert in flight at once."""
+    """Most calls to the expert at once; fewer while it answers 429 (`experts.slots`)."""
     max_wait: float = 0.02
     """Seconds a request may wait for others to fill its batch."""
     dedup: Dedup = "in_flight"
@@ -76,14 +77,19 @@ class ConsultPolicy:
         self._check_retries()
         for name in ("step_timeout", "hedge_after"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "None or a number above 0")
-        _require(0 < self.hedge_share <= 1, "hedge_share", self.hedge_share, "above 0, at most 1")
+            above = is_number(value) and value > 0
+            _require(value is None or above, name, value, "None or a number above 0")
         for name in ("schedule_offset", "schedule_power", "timeout", "breaker_period"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+            value = getattr(self, name)
+            _require(is_number(value) and value > 0, name, value, "a number above 0")
         for name in ("max_concurrency", "max_reply_tokens", "breaker_failures"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of 1 or more")
-        _require(self.max_wait >= 0, "max_wait", self.max_wait, "0 or more")
-        _require(0.0 <= self.floor <= 1.0, "floor", self.floor, "a number from 0 to 1")
+            checked_count(name, getattr(self, name))
+        checked_number("max_wait", self.max_wait, 0)
+        share, floor = self.hedge_share, self.floor
+        _require(is_number(share) and 0 < share <= 1, "hedge_share", share, "above 0, at most 1")
+        _require(is_number(floor) and 0 <= floor <= 1, "floor", floor, "a number from 0 to 1")
+        if self.total_steps is not None:
+            checked_count("total_steps", self.total_steps)
         self.acceptance(1)
 
     def _check_retries(self) -> None:
@@ -92,7 +98,7 @@ class ConsultPolicy:
             _member("retries", name, STATUSES)
         counts = self.retries.values() if isinstance(self.retries, Mapping) else [self.retries]
         _require(
-            all(isinstance(count, int) and count >= 0 for count in counts),
+            all(is_number(count) and count == int(count) and count >= 0 for count in counts),
             "retries",
             dict(self.retries) if mapping else self.retries,  # type: ignore[arg-type]
             "0 or more, or such numbers by status",

@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from eapo_fast.errors import ConfigError
-from eapo_fast.experts.base import ConsultRequest, Expert, ExpertFailure, ExpertReply, Usage
+from eapo_fast.experts.base import (
+    ACCEPTED,
+    RETRYABLE,
+    ConsultRequest,
+    Expert,
+    ExpertFailure,
+    ExpertReply,
+    Usage,
+)
 from eapo_fast.experts.breaker import Breaker
 from eapo_fast.experts.calling import call_expert, worst_case
 
@@ -16,6 +24,10 @@ FAILURES = 3
 """Failures in a row after which a member is left alone for a while."""
 PERIOD = 10.0
 """Seconds between single probes of such a member."""
+REST = 0.25
+"""Seconds for which a member that answers 429 is spared at least, while others can be asked."""
+PAUSE_CAP = 120.0
+"""Seconds for which one Retry-After spares a member at most."""
 DEFAULT_REPLY_TOKENS = 1024
 """Assumed cap of a member that states no worst case."""
 
@@ -27,24 +39,43 @@ class _Member:
         self.outstanding = 0
         self.answered = 0
         self.breaker = Breaker(FAILURES, PERIOD)
+        self.rests_until = 0.0
+        self.trouble = ""
+
+    def judge(self, replies: Sequence[ExpertReply]) -> None:
+        """Take note of how a call ended."""
+        now = time.monotonic()
+        if all(reply.status == "down" or reply.unfit for reply in replies):
+            self.breaker.failure(now)
+        else:
+            self.breaker.success()
+            self.answered += len(replies)
+        pauses = [max(REST, r.retry_after or 0.0) for r in replies if r.status == "rate"]
+        if pauses:
+            self.rests_until = max(self.rests_until, now + min(PAUSE_CAP, max(pauses)))
+        self.trouble = next((r.detail for r in replies if r.status not in ACCEPTED), "")
 
 
 class Pool:
     """Asks the member with the least outstanding work (ties: the one that answered least).
 
     Members are named by the keys of a mapping, or "0", "1", ... in a sequence; the name of the one
-    that answered is in every record (`ConsultResult.trace.expert`). A member that keeps failing is
-    left out until a probe succeeds; if every one is left out, the call is `down` and unbilled.
+    that answered is in every record (`ConsultResult.trace.expert`). A member that keeps failing,
+    or refuses our key or model, is left out until a probe succeeds; one that answers 429 rests, as
+    long as it asks to. What a member surely did nothing with goes to another one at once. If every
+    one is left out, the call is `down` and unbilled; if every one rests, `rate`.
     Which member answers depends on the load: use equal replicas, or a recording, where runs must
     repeat. ConfigError for an empty pool or a member that is no expert.
     """
 
     def __init__(self, experts: Sequence[Expert] | Mapping[str, Expert]) -> None:
+        if not isinstance(experts, Mapping | Sequence):
+            raise ConfigError(f"Pool got {experts!r}; give a list or a mapping of experts.")
         named = experts if isinstance(experts, Mapping) else dict(enumerate(experts))
         if not named:
             raise ConfigError("Pool is empty; give at least one expert.")
         for name, expert in named.items():
-            if not callable(getattr(expert, "answer", None)):
+            if isinstance(expert, type) or not callable(getattr(expert, "answer", None)):
                 raise ConfigError(f"Pool member {name} is {type(expert).__name__}, no expert.")
         self._members = [_Member(str(name), expert) for name, expert in named.items()]
         self.max_batch_size = min(int(m.expert.max_batch_size) for m in self._members)
@@ -74,11 +105,31 @@ class Pool:
         )
 
     async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
-        """Hand the whole batch to one member."""
-        member = self._choose()
-        if member is None:
-            reply = ExpertReply.failed("down", "every member of the pool is down", billed=False)
-            raise ExpertFailure(reply)
+        """Hand the whole batch to one member; to another if that one surely did nothing with it."""
+        tried: list[_Member] = []
+        replies: list[ExpertReply] = []
+        while (member := self._choose(tried)) is not None:
+            tried.append(member)
+            replies = await self._ask(member, requests)
+            if not all(_untouched(reply) for reply in replies):
+                break
+        if not tried:
+            raise ExpertFailure(self._none_left())
+        return self._named(tried[-1], replies)
+
+    def _named(self, member: _Member, replies: Sequence[ExpertReply]) -> list[ExpertReply]:
+        """`replies` with the member's name, and with the pause of the pool, not of one member."""
+        pause = self._pause()
+        return [
+            replace(
+                reply,
+                expert=_path(member.name, reply.expert),
+                retry_after=pause if reply.status == "rate" else reply.retry_after,
+            )
+            for reply in replies
+        ]
+
+    async def _ask(self, member: _Member, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
         member.outstanding += len(requests)
         ended = False
         try:
@@ -88,23 +139,35 @@ class Pool:
             member.outstanding -= len(requests)
             if not ended:  # cancelled: a hang looks like this, so it counts against the member
                 member.breaker.failure(time.monotonic())
-        self._judge(member, replies)
-        return [replace(reply, expert=_path(member.name, reply.expert)) for reply in replies]
+        member.judge(replies)
+        return replies
 
-    def _choose(self) -> _Member | None:
+    def _choose(self, tried: Sequence[_Member]) -> _Member | None:
         now = time.monotonic()
         for member in sorted(self._members, key=lambda m: (m.outstanding, m.answered)):
-            if member.breaker.allow(now):
+            rests = member in tried or member.rests_until > now
+            if not rests and member.breaker.allow(now):
                 return member
         return None
 
-    @staticmethod
-    def _judge(member: _Member, replies: Sequence[ExpertReply]) -> None:
-        if all(reply.status == "down" for reply in replies):
-            member.breaker.failure(time.monotonic())
-        else:
-            member.breaker.success()
-            member.answered += len(replies)
+    def _pause(self) -> float | None:
+        """Seconds until a member may be asked again; None if one may be asked now."""
+        now = time.monotonic()
+        pause = min(
+            (m.rests_until for m in self._members if m.breaker.state == "closed"), default=now
+        )
+        return pause - now if pause > now else None
+
+    def _none_left(self) -> ExpertReply:
+        """Why nobody is asked: all rest, or all were left out."""
+        reasons = "; ".join(f"{m.name}: {m.trouble}" for m in self._members if m.trouble)
+        pause = self._pause()
+        if pause is not None:
+            detail = f"every member of the pool rests: {reasons}"
+            return ExpertReply.failed("rate", detail, retry_after=pause, billed=False)
+        return ExpertReply.failed(
+            "down", f"every member of the pool is down: {reasons}", billed=False
+        )
 
     def probe(self) -> str | None:
         """What is wrong with the members that cannot be reached; None if all can."""
@@ -125,6 +188,11 @@ class Pool:
 
     def __repr__(self) -> str:
         return f"Pool({', '.join(f'{m.name}={m.expert!r}' for m in self._members)})"
+
+
+def _untouched(reply: ExpertReply) -> bool:
+    """Whether another member may be asked at once: nothing was billed, and it may do better."""
+    return not reply.billed and (reply.unfit or reply.status in RETRYABLE)
 
 
 def _path(name: str, inner: str | None) -> str:

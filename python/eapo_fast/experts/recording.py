@@ -3,7 +3,8 @@
 A recording has two kinds of content, each line with its checksum: what every consult was answered
 (`"kind": "consult"`), and the engine steps at which replies joined their rows (`"begin"` opens a
 collection of rollouts, `"tick"` is one step of it; `experts.tape`). Where a place was recorded
-twice, as after a crash, the later lines count.
+twice, as after a crash, the later lines count. Lines are numbered from 1 (`"n"`), so that one that
+is missing, moved or put in is noticed, not only one that was changed.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ class Recorder:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self._lock = threading.Lock()
+        self._path = Path(path)
+        self._lines: int | None = None
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            end_torn_line(Path(path))
-            self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            end_torn_line(self._path)
+            self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"expert record {str(path)!r} cannot be written ({error.strerror}); "
@@ -50,15 +53,22 @@ class Recorder:
 
     def write_line(self, line: Mapping[str, Any]) -> None:
         """Append a line."""
-        text = sealed(line) + "\n"
         with self._lock:
-            self._file.write(text)
+            if self._lines is None:
+                self._lines = _count_lines(self._path)
+            self._file.write(sealed({"n": self._lines + 1, **line}) + "\n")
             self._file.flush()
+            self._lines += 1
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             self._file.close()
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(not line.isspace() for line in file)
 
 
 def record_line(request: ConsultRequest, reply: ExpertReply) -> dict[str, Any]:
@@ -70,6 +80,7 @@ def record_line(request: ConsultRequest, reply: ExpertReply) -> dict[str, Any]:
         "sample_index": request.sample_index,
         "place": [*request.place],
         "status": reply.status,
+        "unfit": reply.unfit,
         **reply_to_json(reply),
     }
 
@@ -119,7 +130,10 @@ class Recorded:
         if line["kind"] == "begin":
             self._ticks[line["step"], line["part"]] = []
         elif line["kind"] == "tick":
-            self._ticks[line["step"], line["part"]].append(line)
+            place = line["step"], line["part"]
+            if place not in self._ticks:
+                raise DataError(f"{self.path}: step {place[0]} goes on without its beginning.")
+            self._ticks[place].append(line)
         else:
             content = (line["query"], line["problem"], line["sample_index"])
             reply = _reply(line)
@@ -135,11 +149,10 @@ class Recorded:
         return f"recorded:{self.path}"
 
     def timeline(self, step: int, part: int) -> Tape:
-        """When the replies of a collection joined; free running if that was not recorded."""
-        lines = self._ticks.get((step, part))
-        if not self.strict or lines is None:
+        """When the replies of a collection joined; free running if none was ever recorded."""
+        if not self.strict or not self._ticks:
             return Tape()
-        return ReplayingTape(lines, str(self.path))
+        return ReplayingTape(self._ticks.get((step, part), ()), str(self.path))
 
     async def answer(self, requests: Sequence[ConsultRequest]) -> list[ExpertReply]:
         """The recorded reply of each request."""
@@ -172,8 +185,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             "name a file written by expert_record."
         ) from None
     torn = lines.pop()
-    parsed = [_parse(line, path, number) for number, line in enumerate(lines, 1) if line]
-    return parsed if not torn else parsed + _parse_torn(torn, path)
+    parsed = [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    parsed += _parse_torn(torn, path) if torn else []
+    _check_numbers(parsed, path)
+    return parsed
+
+
+def _check_numbers(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """DataError unless each line that has a number stands in its place."""
+    for place, line in enumerate(lines, 1):
+        if line.get("n", place) != place:
+            raise DataError(
+                f"{path}: line {line['n']} stands in the place of line {place}: lines were taken "
+                "out, put in, or moved. Restore the file, or cut it before this line and replay up "
+                "to there."
+            )
 
 
 def _parse_torn(line: str, path: Path) -> list[dict[str, Any]]:
@@ -216,5 +242,6 @@ def _reply(line: dict[str, Any]) -> ExpertReply:
         text_or_none(line.get("model")),
         status=line["status"],
         truncated=line.get("truncated") is True,
+        unfit=line.get("unfit") is True,
         expert=text_or_none(line.get("expert")),
     )

@@ -26,10 +26,20 @@ def clean_text(text: str, max_chars: int | None = None) -> tuple[str, bool]:
     bound = len(text) if max_chars is None else 4 * max_chars
     cut = len(text) > bound
     text = _LINE_BREAKS.sub("\n", text[:bound])
-    text = _SURROGATES.sub("\ufffd", _HIDDEN.sub("", text)).strip()
+    text = whole_characters(_HIDDEN.sub("", text)).strip()
     if max_chars is not None and len(text) > max_chars:
         return text[:max_chars].rstrip(), True
     return text, cut
+
+
+def whole_characters(text: str) -> str:
+    """`text` with U+FFFD for each half of a character, which no tokenizer takes."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
+def without_hidden(text: str) -> str:
+    """`text` without the characters that `clean_text` removes."""
+    return _HIDDEN.sub("", text)
 
 
 def escape_tags(text: str, tags: Iterable[str], replacement: str = OPENING) -> str:

@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,9 +23,11 @@ from eapo_fast.experts.base import (
 from eapo_fast.experts.board import Board, logger
 from eapo_fast.experts.budget import Budget, Ledger
 from eapo_fast.experts.calling import call_expert, run_now
+from eapo_fast.experts.checks import is_number
 from eapo_fast.experts.dispatch import Dispatcher
 from eapo_fast.experts.flights import Consult, Flight
 from eapo_fast.experts.gate import gate_accepts, gate_draw
+from eapo_fast.experts.kept import KeptReplies
 from eapo_fast.experts.policy import ConsultPolicy
 from eapo_fast.experts.secret import redact
 from eapo_fast.experts.tape import RecordingTape, Tape
@@ -55,7 +58,7 @@ class ConsultScheduler:
         seed: int = 0,
     ) -> None:
         self.expert = _checked_expert(expert)
-        self.policy = policy or ConsultPolicy()
+        self.policy = _checked_policy(policy)
         self.ledger = budget if isinstance(budget, Ledger) else Ledger(budget)
         self.seed = seed
         self.immediate = bool(getattr(expert, "immediate", False))
@@ -66,7 +69,7 @@ class ConsultScheduler:
         self._seen = 0
         self._step_end: tuple[int, float] | None = None
         self._parts: Counter[int] = Counter()
-        self._closed = False
+        self._closed = self._unflushed = False
         self._thread: LoopThread | None = None
         self._dispatcher: Dispatcher | None = None
 
@@ -98,6 +101,7 @@ class ConsultScheduler:
         if self.immediate and flight is not None:
             self._queue.append(flight)
         elif not self.immediate and not consult.claimed:
+            self._unflushed = self._unflushed or flight is not None
             self._call_loop(partial(Dispatcher.admit, consult=consult, flight=flight))
         return consult.handle
 
@@ -116,6 +120,13 @@ class ConsultScheduler:
         if self._step_end is None or self._step_end[0] != step:
             self._step_end = step, now + allowed
         return min(own, max(now, self._step_end[1]))
+
+    def skip_parts(self, step: int, count: int) -> None:
+        """Count collections of a step that an earlier process made, before the first of this one.
+
+        A recording names each collection by its number, so work that is continued counts on.
+        """
+        self._parts[step] = count
 
     def tape(self, step: int) -> Tape:
         """What the clock decides in a collection of rollouts: recorded, replayed, or neither."""
@@ -139,7 +150,8 @@ class ConsultScheduler:
         """Nothing more comes this tick: send short batches now; immediate experts answer now."""
         if self.immediate:
             self._answer_queue()
-        elif self._thread is not None:
+        elif self._unflushed:  # to wake the loop for nothing would cost the caller's thread
+            self._unflushed = False
             self._call_loop(Dispatcher.flush)
 
     def _answer_queue(self) -> None:
@@ -244,6 +256,20 @@ class ConsultScheduler:
         """Restore what `state_dict` gave; DataError if it is something else."""
         self.ledger.load_state_dict(state.get("ledger", {}))
 
+    def keep_replies(self, path: str | PathLike[str], *, after: int | None) -> None:
+        """Keep each accepted reply in a file until `checkpointed`.
+
+        A run that died and goes on after the step `after` then does not buy them again; None: a
+        fresh run. Experts in the process and replays need no such file and get none.
+        """
+        if not self.immediate and not getattr(self.expert, "replays", False):
+            self._board.kept = KeptReplies(path, after)
+
+    def checkpointed(self) -> None:
+        """The run has a checkpoint of now: nothing of before it will be asked again."""
+        if self._board.kept is not None:
+            self._board.kept.forget()
+
     def close(self) -> None:
         """End open consults as `cancelled`, then the tasks, the expert and the thread."""
         if self._closed:
@@ -257,8 +283,14 @@ class ConsultScheduler:
             if not self._thread.stop(self._farewell()):
                 logger.warning("the expert's code blocks the event loop; its thread is left behind")
         elif self.immediate:
-            run_now(self._farewell())
+            self._say_farewell_now()
         self._board.close()
+
+    def _say_farewell_now(self) -> None:
+        try:
+            run_now(self._farewell())
+        except Exception as error:
+            logger.warning("the expert could not be closed: %s", redact(f"{error!r}"))
 
     async def _farewell(self) -> None:
         goodbye = getattr(self.expert, "aclose", None)
@@ -267,12 +299,21 @@ class ConsultScheduler:
 
 
 def _checked_expert(expert: Expert) -> Expert:
-    if callable(getattr(expert, "answer", None)) and getattr(expert, "max_batch_size", 0) >= 1:
+    if isinstance(expert, type):
+        raise ConfigError(f"expert is the class {expert.__name__}; give an instance of it.")
+    size = getattr(expert, "max_batch_size", 0)
+    if callable(getattr(expert, "answer", None)) and is_number(size) and size >= 1:
         return expert
     raise ConfigError(
         f"expert is {type(expert).__name__}; it needs max_batch_size >= 1 and an async method "
         "answer(requests). Wrap a plain function as experts.Function(fn)."
     )
+
+
+def _checked_policy(policy: ConsultPolicy | None) -> ConsultPolicy:
+    if policy is None or isinstance(policy, ConsultPolicy):
+        return policy or ConsultPolicy()
+    raise ConfigError(f"policy is {policy!r}; give a ConsultPolicy or None.")
 
 
 def _check_prices(expert: Expert, ledger: Ledger) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import re
 import urllib.parse
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from eapo_fast.errors import ConfigError
+from eapo_fast.experts.sanitize import without_hidden
 
 MASK = "[redacted]"
 _LIVE: weakref.WeakSet[Secret] = weakref.WeakSet()
@@ -20,6 +22,36 @@ _LOOKS_SECRET = re.compile(
     r"(?i)(bearer\s+|basic\s+|(?:api[-_]?key|token|secret|password)[\"']?\s*[=:]\s*[\"']?)"
     r"[^\s\"',;&]+|\bsk-[\w-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
+
+
+_LOGGERS = (
+    "asyncio",
+    "eapo_fast.experts",
+    "httpx",
+    *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")),
+)
+"""Loggers that may be handed what a server sent: its status line and headers, an exception."""
+
+
+class _KeyFilter(logging.Filter):
+    """Takes live keys out of log records: the second line of defence."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        try:
+            message = record.getMessage()
+        except Exception:  # a record that cannot be written shows nothing
+            return True
+        clean = scrub(message)
+        if clean != message:
+            record.msg, record.args = clean, None
+        if record.exc_info and record.exc_info[1] is not None:
+            text = logging.Formatter().formatException(record.exc_info)
+            if scrub(text) != text:
+                record.exc_text, record.exc_info = scrub(text), None
+        return True
+
+
+_FILTER = _KeyFilter()
 
 
 class Secret:
@@ -30,6 +62,8 @@ class Secret:
     def __init__(self, value: str) -> None:
         self._value = value
         _LIVE.add(self)
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_FILTER)
 
     def reveal(self) -> str:
         """The key itself: for a request header, nowhere else."""
@@ -43,6 +77,7 @@ class Secret:
             self._value,
             urllib.parse.quote(self._value, safe=""),
             json.dumps(self._value)[1:-1],
+            repr(raw)[2:-1],
             *(form.decode().rstrip("=") for form in encodings),
         )
 
@@ -96,6 +131,16 @@ def scrub(text: str) -> str:
         for form in secret.forms():
             text = text.replace(form, MASK)
     return text
+
+
+def scrub_hidden(text: str) -> str:
+    """`text` without any live `Secret`, however many hidden characters stand inside of one."""
+    if not text or not _LIVE:
+        return text
+    text = scrub(text)
+    bare = without_hidden(text)
+    clean = scrub(bare)
+    return text if clean == bare else clean
 
 
 def redact(text: str) -> str:

@@ -14,6 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 _STOP = None
+EXECUTOR_PATIENCE = 1.0
+"""Seconds for which the threads that look up names are waited for at the end."""
 
 
 class LoopThread:
@@ -35,7 +37,10 @@ class LoopThread:
 
     def stop(self, farewell: Coroutine[Any, Any, None], patience: float = 5.0) -> bool:
         """Run `farewell`, cancel what is left, end the thread; False if it did not end in time."""
-        self.call(self._begin_stop, farewell)
+        if self._thread.is_alive():
+            self.call(self._begin_stop, farewell)
+        else:
+            farewell.close()
         self._thread.join(patience)
         if self._thread.is_alive():
             return False
@@ -54,6 +59,8 @@ class LoopThread:
         with contextlib.suppress(Exception):
             await farewell
         await self.loop.shutdown_asyncgens()
+        with contextlib.suppress(TimeoutError):  # a look-up of a name may hang
+            await asyncio.wait_for(self.loop.shutdown_default_executor(), EXECUTOR_PATIENCE)
         self.loop.stop()
 
 

@@ -21,7 +21,8 @@ from eapo_fast.rewards.tree import (
 )
 from eapo_fast.rewards.units import PERCENT, UNIT_LETTERS, canonical_unit, is_known
 
-_NO_FACTORS = frozenset(("setminus", "rfloor", "rceil"))
+_LETTERS = ("symbol", "word")
+_NO_FACTORS = frozenset(("choose", "over", "rfloor", "rceil"))
 
 
 class Arithmetic(Primaries):
@@ -77,10 +78,21 @@ class Arithmetic(Primaries):
         if self.tokens[start].kind == "number":
             if not (_is_whole(part) and self.accept("/")):
                 raise Unreadable("two numbers in a row")
-            part = Quotient(part, self.power())
-        if isinstance(part, Quotient) and _is_whole(part.top) and _is_whole(part.bottom):
-            top.pop()
-            return Sum((previous, part))
+            part = Quotient(part, self.primary())
+            if _is_proper(part):
+                top.pop()
+                return self.marks(Sum((previous, part)))
+            raise Unreadable("two numbers in a row")
+        match part:
+            case Quotient() if _is_proper(part):
+                top.pop()
+                return Sum((previous, part))
+            case Percent(Quotient() as fraction) if _is_proper(fraction):
+                top.pop()
+                return Percent(Sum((previous, fraction)))
+            case Quantity(Quotient() as fraction, unit) if _is_proper(fraction):
+                top.pop()
+                return Quantity(Sum((previous, fraction)), unit)
         return part
 
     def factor_follows(self) -> bool:
@@ -97,11 +109,19 @@ class Arithmetic(Primaries):
         return kind in ("number", "command", "begin") and text not in _NO_FACTORS
 
     def unit_ends(self) -> bool:
-        """Tell whether the answer ends behind a unit letter, or behind `m/s`."""
-        behind = self.peek()
-        if behind[:2] == ("mark", "/"):
-            return self.peek(2).kind in ("symbol", "word") and self.peek(3).kind == "end"
-        return behind.kind == "end"
+        """Tell whether the answer ends behind a unit letter, or behind `m^2` or `m/s^2`."""
+        ahead = self.power_end(1)
+        if self.peek(ahead)[:2] == ("mark", "/") and self.peek(ahead + 1).kind in _LETTERS:
+            ahead = self.power_end(ahead + 2)
+        return self.peek(ahead).kind == "end"
+
+    def power_end(self, ahead: int) -> int:
+        """Return how far ahead it goes on behind a `^2` or `^{2}`, if that stands there."""
+        if self.peek(ahead)[:2] != ("mark", "^"):
+            return ahead
+        if self.peek(ahead + 1).text == "{":
+            return ahead + 4 if self.peek(ahead + 3).text == "}" else ahead
+        return ahead + 2
 
     @nested
     def power(self) -> Node:
@@ -140,6 +160,8 @@ class Arithmetic(Primaries):
         for _ in range(2):
             if self.accept("!"):
                 node = Call("factorial", (node,))
+            elif self.accept("!!"):
+                node = Call("double factorial", (node,))
             elif self.accept("%"):
                 node = Percent(node)
             elif self.accept("deg"):
@@ -154,6 +176,11 @@ def _is_unit_word(word: str, spaced: bool) -> bool:
     if len(word) > 3 or word.lower() in PERCENT or is_known(canonical_unit(word)):
         return True
     return spaced and any(letter in "aeiou" for letter in word.lower())
+
+
+def _is_proper(fraction: Quotient) -> bool:
+    """Tell a fraction of whole numbers, which makes a mixed number behind another one."""
+    return _is_whole(fraction.top) and _is_whole(fraction.bottom)
 
 
 def _is_whole(node: Node) -> bool:

@@ -208,6 +208,8 @@ class _Balls:
         value = self.value(arguments[0])
         if name in _TRIGONOMETRIC and _in_degrees(arguments[0]):
             value = value * self.flint.acb.pi() / 180
+        if name == "conj":
+            return self.flint.acb(value.real, -value.imag)
         if name == "abs":
             return self.flint.acb(abs(value))
         if name in ("floor", "ceil") and value.imag.is_zero():
@@ -229,7 +231,7 @@ class _Balls:
 
     def _factorial(self, argument: Fraction | None) -> Any:
         if argument is None or argument.denominator != 1 or not 0 <= argument <= _LARGEST_FACTORIAL:
-            raise Unreadable("a factorial of what is no natural number below 10^18")
+            raise NoMethod("a factorial of what is no natural number below 10^18")
         return self.flint.acb(argument.numerator + 1).gamma()
 
     def _extreme(self, name: str, arguments: tuple[Node, ...]) -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Sequence
 from fractions import Fraction
 
-from eapo_fast.rewards.readings import FLIPPED, assigned, plain
-from eapo_fast.rewards.scalars import Arena, Outcome, compare_scalars, proportional
+from eapo_fast.rewards.number_sets import number_set
+from eapo_fast.rewards.readings import plain
+from eapo_fast.rewards.relations import compare_relation_with_value, compare_relations
+from eapo_fast.rewards.scalars import Arena, Outcome, compare_scalars
+from eapo_fast.rewards.texts import compare_texts
 from eapo_fast.rewards.tree import (
     COLLECTIONS,
     Bracketed,
+    Combined,
     Constant,
     Listing,
     Matrix,
@@ -23,19 +25,17 @@ from eapo_fast.rewards.tree import (
     Ratio,
     Relation,
     SetOf,
-    Sum,
     Symbol,
     Text,
     Union,
     children,
-    negated,
     walk,
 )
 from eapo_fast.rewards.units import dimension, is_known
 
-_EMPTY = frozenset(("no solution", "no solutions", "empty set", "empty"))
+_JOINED = (Union, Combined)
+_MAY_BE_SETS = (Union, Combined, Bracketed, SetOf, Relation)
 _ZERO = Number(Fraction(0))
-_ARTICLES = re.compile(r"\b(?:the|a|an)\b")
 
 
 def compare(a: Node, b: Node, arena: Arena) -> Outcome:
@@ -52,103 +52,37 @@ def _compare(a: Node, b: Node, arena: Arena) -> Outcome:
         return Outcome(True, "the same expression")
     named = isinstance(a, Relation), isinstance(b, Relation)
     if all(named):
-        return _compare_relations(a, b, arena)
+        return compare_relations(a, b, arena, compare)
     if any(named):
-        return _compare_relation_with_value(a, b, arena)
+        return compare_relation_with_value(a, b, arena, compare)
     if isinstance(a, Text) or isinstance(b, Text):
-        return _compare_texts(a, b, arena)
+        return compare_texts(a, b, arena, compare)
     if isinstance(a, COLLECTIONS) or isinstance(b, COLLECTIONS):
         return _compare_collections(a, b, arena)
     return _compare_values(a, b, arena)
-
-
-# Relations
-
-
-def _compare_relation_with_value(a: Node, b: Node, arena: Arena) -> Outcome:
-    a, b = assigned(a), assigned(b)
-    if not isinstance(a, Relation) and not isinstance(b, Relation):
-        return compare(a, b, arena)
-    relation, value = (a, b) if isinstance(a, Relation) else (b, a)
-    assert isinstance(relation, Relation)
-    if isinstance(value, (Bracketed, Union, SetOf, Listing)):
-        return Outcome(None, "a relation against a set", open=True)
-    sides = [compare(side, value, arena) for side in relation.sides]
-    if all(side.equal is False for side in sides):
-        return Outcome(False, "a relation against a value that is none of its sides")
-    return Outcome(None, "a relation against a value")
-
-
-def _compare_relations(a: Node, b: Node, arena: Arena) -> Outcome:
-    assert isinstance(a, Relation)
-    assert isinstance(b, Relation)
-    left, right = assigned(a), assigned(b)
-    if not isinstance(left, Relation) and not isinstance(right, Relation):
-        same_name = a.sides[0] == b.sides[0] or isinstance(a.sides[0], (Text, Product))
-        if same_name or isinstance(b.sides[0], (Text, Product)):
-            return compare(left, right, arena)
-    if len(a.sides) != 2 or len(b.sides) != 2:
-        return Outcome(None, "chains of relations", open=True)
-    return _compare_equations(a, b, arena)
-
-
-def _compare_equations(a: Relation, b: Relation, arena: Arena) -> Outcome:
-    operators = a.operators[0], b.operators[0]
-    if not set(operators) <= set(FLIPPED):
-        return Outcome(None, "a relation that is not compared")
-    if any(isinstance(side, (*COLLECTIONS, Text)) for side in (*a.sides, *b.sides)):
-        return Outcome(None, "relations between collections")
-    first, second = _difference(a.sides), _difference(b.sides)
-    if operators[0] != operators[1]:
-        if operators[0] != FLIPPED[operators[1]]:
-            return Outcome(False, "different relations")
-        second = negated(second)
-    return proportional(first, second, arena, positive=operators[0][0] in "<>")
-
-
-def _difference(sides: tuple[Node, ...]) -> Node:
-    return Sum((sides[0], negated(sides[1])))
-
-
-# Texts
-
-
-def _compare_texts(a: Node, b: Node, arena: Arena) -> Outcome:
-    if isinstance(a, Text) and isinstance(b, Text):
-        words = normal_text(a.text), normal_text(b.text)
-        letters = [sorted(node.text) for node in (a, b) if _is_letters(node)]
-        same = words[0] == words[1] or (len(letters) == 2 and letters[0] == letters[1])
-        return Outcome(same, "the same words" if same else "different words")
-    text, other = (a, b) if isinstance(a, Text) else (b, a)
-    assert isinstance(text, Text)
-    if isinstance(other, (Symbol, Constant)):
-        same = normal_text(text.text) == other.name.lower()
-        return Outcome(same, "the same choice" if same else "a text against a symbol")
-    if isinstance(other, SetOf) and not other.items:
-        same = normal_text(text.text) in _EMPTY
-        return Outcome(same, "no solution" if same else "a text against the empty set")
-    if _is_letters(text):
-        product = Product(tuple(Symbol(letter) for letter in text.text))
-        return compare(product, other, arena)
-    return Outcome(False, "a text against an expression")
-
-
-def _is_letters(node: Node) -> bool:
-    """Tell whether a text may be a product of variables."""
-    return isinstance(node, Text) and len(node.text) <= 3 and node.text.isalpha()
-
-
-def normal_text(text: str) -> str:
-    """Lower-case, without punctuation, articles and extra white space."""
-    kept = "".join(c if c not in string.punctuation else " " for c in text.lower())
-    words = kept.split()
-    return " ".join(words) if len(words) <= 1 else " ".join(_ARTICLES.sub(" ", kept).split())
 
 
 # Collections
 
 
 def _compare_collections(a: Node, b: Node, arena: Arena) -> Outcome:
+    if isinstance(a, _JOINED) or isinstance(b, _JOINED):
+        return _compare_number_sets(a, b, arena)
+    return _compare_members(a, b, arena)
+
+
+def _compare_number_sets(a: Node, b: Node, arena: Arena) -> Outcome:
+    if not (isinstance(a, _MAY_BE_SETS) and isinstance(b, _MAY_BE_SETS)):
+        return Outcome(False, f"{_kind(a)} against {_kind(b)}")
+    left, right = number_set(a, arena.meter), number_set(b, arena.meter)
+    if left is not None and right is not None:
+        same = left == right
+        return Outcome(same, "the same set of numbers" if same else "different sets of numbers")
+    outcome = _compare_members(a, b, arena)
+    return outcome if outcome.equal else Outcome(None, "sets of numbers", open=True)
+
+
+def _compare_members(a: Node, b: Node, arena: Arena) -> Outcome:
     pair = _aligned(a, b) or _aligned(b, a)
     if pair is None and any(
         isinstance(part, COLLECTIONS)
@@ -162,11 +96,11 @@ def _compare_collections(a: Node, b: Node, arena: Arena) -> Outcome:
     kind, left, right = pair
     if kind == "ratio":
         return _compare_ratios(left, right, arena)
-    if len(left) != len(right) and kind != "set":
+    if len(left) != len(right) and kind not in ("set", "members"):
         return Outcome(False, f"{len(left)} elements against {len(right)}")
     if kind == "ordered":
         return _all(compare(x, y, arena) for x, y in zip(left, right, strict=True))
-    return _same_members(left, right, arena)
+    return _same_members(left, right, arena, repeated=kind == "set")
 
 
 _Aligned = tuple[str, Sequence[Node], Sequence[Node]]
@@ -184,16 +118,26 @@ def _aligned(a: Node, b: Node) -> _Aligned | None:
                 return None
             return "ordered", children(a), children(b)
         case Matrix(rows), Bracketed("(" | "[", ")" | "]", items):
-            flat = len(rows) == 1 or len(rows[0]) == 1
-            return ("ordered", children(a), items) if flat else None
-        case (SetOf(left), SetOf(right)) | (SetOf(left), Listing(right)):
+            if len(rows) == 1 or len(rows[0]) == 1:
+                return "ordered", children(a), items
+            nested = all(isinstance(item, Bracketed) for item in items)
+            return (
+                ("ordered", tuple(Bracketed("[", "]", row) for row in rows), items)
+                if nested
+                else None
+            )
+        case SetOf(left), SetOf(right):
             return "set", left, right
+        case SetOf(left), Listing(right):
+            return "members", left, right
         case Listing(left), Listing(right):
             return "list", _distinct(left), _distinct(right)
         case Listing(left), Bracketed(("(" | "["), (")" | "]"), right):
             return "ordered", left, right
         case Union(left), Union(right):
-            return "set", left, right
+            return "members", left, right
+        case Combined(), Combined() if a.operation == b.operation:
+            return "ordered", children(a), children(b)
         case Ratio(left), Ratio(right):
             return "ratio", left, right
         case Ratio((top, bottom)), _ if not isinstance(b, COLLECTIONS):
@@ -226,13 +170,21 @@ def _all(outcomes: object) -> Outcome:
     return doubt or Outcome(True, "equal element by element")
 
 
-def _same_members(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> Outcome:
-    """Match without order: every element must have an equal one on the other side."""
-    table = [[compare(item, other, arena) for other in right] for item in left]
+def _same_members(
+    left: Sequence[Node], right: Sequence[Node], arena: Arena, *, repeated: bool
+) -> Outcome:
+    """Match without order: every element must have an equal one on the other side.
+
+    With `repeated` one element may have several equals, as in a set that is written with
+    repetitions.
+    """
+    table = [[_compare_members_of(item, other, arena) for other in right] for item in left]
     columns = [[row[index] for row in table] for index in range(len(right))]
     for line in (*table, *columns):
         if all(outcome.equal is False for outcome in line):
             return Outcome(False, "an element has no equal")
+    if repeated and all(any(outcome.equal for outcome in line) for line in (*table, *columns)):
+        return Outcome(True, "the same elements")
     unmatched = set(range(len(right)))
     for row in table:
         hit = next((i for i in sorted(unmatched) if row[i].equal), None)
@@ -243,11 +195,18 @@ def _same_members(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> 
     return Outcome(not unmatched, "other elements" if unmatched else "the same elements")
 
 
+def _compare_members_of(item: Node, other: Node, arena: Arena) -> Outcome:
+    if isinstance(item, SetOf) != isinstance(other, SetOf):
+        return Outcome(False, "a set against a member")
+    return compare(item, other, arena)
+
+
 def _compare_ratios(left: Sequence[Node], right: Sequence[Node], arena: Arena) -> Outcome:
     if len(left) != len(right):
         return Outcome(False, f"{len(left)} parts against {len(right)}")
     same = _all(compare(x, y, arena) for x, y in zip(left, right, strict=True))
-    if same.equal or any(node == _ZERO for node in (*left, *right)):
+    parts = (*left, *right)
+    if same.equal or any(node == _ZERO or isinstance(node, Quantity) for node in parts):
         return same
     proportions = _all(
         compare(Product((left[0], right[i])), Product((right[0], left[i])), arena)
@@ -272,6 +231,8 @@ def _is_time(parts: Sequence[Node]) -> bool:
 
 def _compare_values(a: Node, b: Node, arena: Arena) -> Outcome:
     if isinstance(a, Quantity) and isinstance(b, Quantity):
+        if {a.unit, b.unit} == {"degree", "rad"}:
+            return compare(_radians(a), _radians(b), arena)
         outcome = compare(a.operand, b.operand, arena)
         if a.unit == b.unit or not (is_known(a.unit) and is_known(b.unit)):
             return outcome
@@ -286,10 +247,20 @@ def _compare_values(a: Node, b: Node, arena: Arena) -> Outcome:
     return outcome
 
 
+def _radians(angle: Quantity) -> Node:
+    """Return the measure of an angle in radians."""
+    if angle.unit != "degree":
+        return angle.operand
+    return Product((angle.operand, Constant("pi"), Number(Fraction(1, 180))))
+
+
 def _compare_unit_on_one_side(a: Node, b: Node, arena: Arena) -> Outcome:
     quantity, other = (a, b) if isinstance(a, Quantity) else (b, a)
     assert isinstance(quantity, Quantity)
     outcome = compare(quantity.operand, other, arena)
+    if quantity.unit == "degree" and not outcome.equal:
+        in_radians = compare(_radians(quantity), other, arena)
+        return in_radians if in_radians.equal else outcome
     if outcome.equal or len(quantity.unit) != 1:
         return outcome
     return compare(Product((quantity.operand, Symbol(quantity.unit))), other, arena)
@@ -299,5 +270,6 @@ def _bare_digits(numeral: Node, other: Node) -> bool:
     return (
         isinstance(numeral, Numeral)
         and isinstance(other, Number)
+        and numeral.digits.isdigit()
         and other.value == Fraction(int(numeral.digits))
     )

@@ -21,9 +21,17 @@ _TAIL = 4096
 _LONG_GOLD = 200
 """Characters beyond which a reference is a worked solution."""
 _MARK = re.compile(r"####[ \t]*([^\n]*)")
-_ANSWER_IS = re.compile(r"\banswer\b[ \t*_]*(?:is|are|:|=)[ \t:*_]*(?=\S)", re.IGNORECASE)
+_ANSWER_IS = re.compile(
+    r"\b(?:answers?|ans)\b[ \t*_]*(?:(?:is|are)\b|:|=)[ \t:*_]*"
+    r"(?:(?:therefore|thus|hence|then|simply|exactly|given by|as follows)\b[ \t:*_]*)?"
+    r"(?:\n\s{0,16})?(?=\S)",
+    re.IGNORECASE,
+)
+_AND_MATH = re.compile(r"\s{0,4}(?:,|,?\s{0,4}and\b|(or)\b)\s{0,4}(?=[$\\])")
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
-_MATH = re.compile(r"\$\$([^$]+)\$\$|\$((?:[^$\\]|\\.)+)\$|\\\(([^$]+?)\\\)|\\\[([^$]+?)\\\]")
+_MATH = re.compile(
+    r"(?<!\\)\$\$([^$]+)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+)\$|\\\(([^$]+?)\\\)|\\\[([^$]+?)\\\]"
+)
 _LAST_NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])-\s?)?(?:\\?\$)?(?<![\w.])(?:\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
     r"(?:\s?/\s?\d+)?(?:\\?%)?"
@@ -120,7 +128,7 @@ def after_answer_is(text: str) -> str | None:
     rest = tail[found.end() :]
     math = _MATH.match(rest)
     if math is not None:
-        return next(group for group in math.groups() if group is not None)
+        return _formulas(rest, math)
     end = _SENTENCE_END.search(rest)
     sentence = rest[: end.start()] if end else rest
     sentence = sentence.strip().strip("*").strip()
@@ -129,6 +137,21 @@ def after_answer_is(text: str) -> str | None:
     return (
         first_expression(sentence.rpartition(" is ")[2]) or first_expression(sentence) or sentence
     )
+
+
+def _formulas(text: str, first: re.Match[str]) -> str:
+    """Return a formula, or a list of formulas joined by "and" or commas; `x=1` or `x=2` too."""
+    found: re.Match[str] | None = first
+    contents: list[str] = []
+    while found is not None and len(contents) < _BOXES_TRIED:
+        contents.append(next(group for group in found.groups() if group is not None))
+        joint = _AND_MATH.match(text, found.end())
+        if joint is None:
+            break
+        found = _MATH.match(text, joint.end())
+        if joint.group(1) and not (found and "=" in contents[-1] and "=" in found.group()):
+            break
+    return ", ".join(contents)
 
 
 def first_expression(text: str) -> str | None:

@@ -2,7 +2,8 @@
 
 answer   := item ((',' | ';' | 'or' | 'and') item)*
 item     := union (('=' | '<' | ...) union)*
-union    := ratio ('cup' ratio)*
+union    := meet ('cup' meet)*
+meet     := ratio (('cap' | 'setminus') ratio)*
 ratio    := sum (':' sum)*
 sum      := product (('+' | '-' | '+-' | '-+') product)*
 product  := factor (['*' | '/'] factor)*
@@ -11,6 +12,7 @@ factor   := '-'* power;  power := primary postfix* ['^' exponent]
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from functools import lru_cache
 
@@ -20,6 +22,7 @@ from eapo_fast.rewards.cursor import nested
 from eapo_fast.rewards.lexer import tokenize
 from eapo_fast.rewards.limits import MAX_ITEMS
 from eapo_fast.rewards.tree import (
+    Combined,
     Listing,
     Node,
     Number,
@@ -35,6 +38,7 @@ from eapo_fast.rewards.tree import (
 from eapo_fast.rewards.units import PERCENT, SCALES, canonical_unit
 
 _RELATIONS = frozenset(("=", "<", "<=", ">", ">=", "!=", "in", "approx"))
+_DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}/\d{1,2}/\d{4}")
 _SEPARATORS = frozenset((",", ";", "or", "and"))
 
 
@@ -52,7 +56,10 @@ def parse(text: str, *, thousands: bool = True) -> Node:
 
 
 def _parse(text: str, thousands: bool) -> Node:
-    return Parser(tokenize(clean(text), thousands=thousands)).answer()
+    cleaned = clean(text)
+    if _DATE.fullmatch(cleaned):
+        return Text(cleaned)
+    return Parser(tokenize(cleaned, thousands=thousands)).answer()
 
 
 _CACHED_LENGTH = 128
@@ -68,7 +75,7 @@ class Parser(Arithmetic):
         words = self.only_words()
         if words is not None:
             return Text(words)
-        node = self.listing()
+        node = self.infix(self.listing())
         if self.token.kind != "end":
             raise Unreadable(f"unexpected {self.token.text!r}")
         return node
@@ -112,8 +119,15 @@ class Parser(Arithmetic):
 
     def union(self) -> Node:
         """Read sets joined by a cup."""
-        parts = self.chain(self.ratio, "cup")
+        parts = self.chain(self.intersection, "cup")
         return parts[0] if len(parts) == 1 else Union(parts)
+
+    def intersection(self) -> Node:
+        """Read sets between which a cap or a minus for sets stands."""
+        node = self.ratio()
+        while operation := self.accept("cap", "setminus"):
+            node = Combined(operation, node, self.ratio())
+        return node
 
     def ratio(self) -> Node:
         """Read values joined by colons, with the unit behind each."""

@@ -41,24 +41,27 @@ _GREEK = _names(
 )
 _DROPPED = _names(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
-    "textstyle scriptstyle limits angle triangle overline vec overrightarrow hat widehat quad "
-    "qquad boxed fbox thinspace hfill nonumber "
+    "textstyle scriptstyle limits angle triangle vec overrightarrow hat widehat quad "
+    "qquad boxed fbox thinspace hfill nonumber underline tiny small normalsize large Large LARGE "
+    "huge Huge rm bf it sf tt "
     ", ; : ! ( ) [ ] $ > - / &"
 ) | {" ", "\n", "\t"}
 _MARKS = {
     "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=",
     "ne": "!=", "neq": "!=", "lt": "<", "gt": ">", "cdot": "*", "times": "*", "ast": "*",
-    "div": "/", "pm": "+-", "mp": "-+", "in": "in", "cup": "cup", "circ": "deg", "degree": "deg",
+    "div": "/", "pm": "+-", "mp": "-+", "in": "in", "cup": "cup", "bigcup": "cup",
+    "circ": "deg", "degree": "deg",
     "%": "%", "{": "\\{", "}": "\\}", "lbrace": "\\{", "rbrace": "\\}", "langle": "(",
     "rangle": ")", "lvert": "|", "rvert": "|", "vert": "|", "colon": ":", "approx": "approx",
     "\\": "\\\\", "_": "_", "land": "and", "lor": "or", "lbrack": "[", "rbrack": "]",
-    "to": "to", "rightarrow": "to",
+    "to": "to", "rightarrow": "to", "mid": "|", "prime": "'", "setminus": "setminus",
+    "backslash": "setminus", "cap": "cap", "bigcap": "cap",
 }  # fmt: skip
 _COMMANDS = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "infty": "inf", "infinity": "inf",
     "oo": "inf", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "varnothing": "emptyset",
     "tg": "tan", "ctg": "cot", "cosec": "csc", "dbinom": "binom", "tbinom": "binom",
-    "dots": "ldots", "cdots": "ldots",
+    "dots": "ldots", "cdots": "ldots", "bar": "overline",
 }  # fmt: skip
 _WORD_COMMANDS = (
     FUNCTIONS | _GREEK | {"pi", "inf", "infty", "infinity", "oo", "asin", "acos", "atan"}
@@ -67,6 +70,8 @@ _TEXTS = _names(
     "text textnormal textbf textit textrm textsf texttt mbox hbox mathrm mathbf mathit mathsf emph "
     "operatorname boldsymbol bm"
 )
+_WITH_ARGUMENT = _names("color textcolor phantom hphantom vphantom hspace vspace label tag")
+"""Commands that are dropped with their argument."""
 _LETTER_STYLES = _names("mathrm mathbf mathit boldsymbol bm")
 _GROUPED = r"[1-9]\d{0,2}(?:(?:\s?\{\s?,\s?\}|,\\!\s?|\\,|\\!\s?,)\d{3})+(?!\d)"
 _THOUSANDS = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?!\d|\s?/))"
@@ -74,13 +79,23 @@ _DIGITS = r"(?:\d+\.\d*|\.\d+|\d+)"
 _NUMBER = re.compile(rf"(?:{_GROUPED}(?:\.\d+)?|{_DIGITS}(?:[eE][+-]?\d{{1,6}}(?![\w.]))?)")
 _LOOSE_NUMBER = re.compile(rf"(?:{_GROUPED}|{_THOUSANDS})(?:\.\d+)?")
 _REPEATING = re.compile(
-    r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*\{(\d{1,40})\}|\\dot\s*(?:\{(\d)\}|(\d)))"
+    r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*\{(\d{1,40})\}|\\dot\s*\{?(\d)\}?"
+    r"(?:(\d*)\\dot\s*\{?(\d)\}?)?"
+    r"|\((\d{1,40})\)(?![\w(^!.]))"
 )
-_CHOICES = re.compile(r"[A-J](?:\s*,\s*(?:and\s+)?[A-J])+")
+_NUMERAL = re.compile(
+    r"(?:(?=[A-Z]*\d)[0-9A-Z]{1,64}(?=_\{?(?:1[1-9]|2\d|3[0-6])(?!\d))"
+    r"|[A-F]{2,64}(?=_\{?16(?!\d)))"
+)
+"""Digits of a base above ten, which is written behind them."""
+_CHOICES = re.compile(r"\(?[A-J]\)?(?:\s*,\s*(?:and\s+)?\(?[A-J]\)?)+")
+_MEASURE = re.compile(r"[-+]?[\d.,]*\d\s*[A-Za-z]+")
+_FUNCTIONS_OR_UNITS = ("min", "sec")
+_ARGUMENT = re.compile(r"\s*[\w({\\^]")
 _SPACE = re.compile(r"\s+|~|\$")
 _WORD = re.compile(r"[A-Za-z]+")
 _COMMAND = re.compile(r"\\([A-Za-z]+|[\s\S])\*?")
-_MARK = re.compile(r"\*\*|<=|>=|!=|==|[-+*/^_=<>()\[\]{}|,;:!%&]")
+_MARK = re.compile(r"\*\*|<=|>=|!=|==|!!|[-+*/^_=<>()\[\]{}|,;:!%&']")
 _NOT_OF_NUMBERS = re.compile(r"[^\d.eE+-]")
 _ARITHMETIC = re.compile(r"[\s\d.,+\-*/()^%$]*\d[\s\d.,+\-*/()^%$]*")
 
@@ -92,6 +107,12 @@ def tokenize(text: str, *, thousands: bool = True) -> list[Token]:
     Raises `Unreadable` on a character or command that answers do not have.
     """
     return _Lexer(text, thousands).run()
+
+
+def _is_formula(text: str) -> bool:
+    """Tell whether the argument of a text command is no text: numbers, letters of choices."""
+    patterns = (_ARITHMETIC, _CHOICES, _MEASURE)
+    return "\\" in text or any(pattern.fullmatch(text) for pattern in patterns)
 
 
 class _Lexer:
@@ -141,6 +162,8 @@ class _Lexer:
             self.position = found.end()
             whole, part, *repeated = found.groups()
             return f"{whole}.{part}r{''.join(filter(None, repeated))}"
+        if "_" in self.text and (numeral := self.take(_NUMERAL)) is not None:
+            return numeral
         number = self.plain_number()
         return None if number is None else _NOT_OF_NUMBERS.sub("", number)
 
@@ -161,6 +184,8 @@ class _Lexer:
     def word(self, word: str) -> None:
         if word.lower() in ("or", "and"):
             self.add("mark", word.lower())
+        elif word in _FUNCTIONS_OR_UNITS and not _ARGUMENT.match(self.text, self.position):
+            self.add("word", word)
         elif word in _WORD_COMMANDS:
             self.named("surd" if word == "sqrt" else word)
         else:
@@ -176,6 +201,9 @@ class _Lexer:
             name = "quad"
         if name in _TEXTS:
             self.literal(name, self.group())
+        elif name in _WITH_ARGUMENT:
+            self.group()
+            self.spaced = True
         elif name == "mathbb":
             self.add("command", f"mathbb {self.group().strip()}")
         elif name in ("begin", "end"):
@@ -212,13 +240,13 @@ class _Lexer:
         stripped = content.strip()
         if stripped.lower() in ("or", "and"):
             self.add("mark", stripped.lower())
-        elif _ARITHMETIC.fullmatch(stripped) or _CHOICES.fullmatch(stripped) or "\\" in stripped:
+        elif _is_formula(stripped):
             self.text = f"{self.text[: self.position]} {stripped} {self.text[self.position :]}"
             if len(self.text) > 3 * MAX_CHARACTERS:
                 raise Unreadable("nested text commands")
         elif name in _LETTER_STYLES and len(stripped) == 1 and stripped.isalpha():
             self.add("symbol", stripped)
-        elif stripped in FUNCTIONS:
-            self.named(stripped)
+        elif stripped in FUNCTIONS or stripped.lower() == "infinity":
+            self.named(stripped.lower())
         elif stripped:
             self.add("text", stripped)

@@ -9,6 +9,7 @@ from fractions import Fraction
 from eapo_fast.rewards.cursor import Cursor, nested
 from eapo_fast.rewards.tree import (
     Call,
+    Constant,
     Matrix,
     Node,
     Number,
@@ -19,6 +20,7 @@ from eapo_fast.rewards.tree import (
     Sum,
     Symbol,
     Unreadable,
+    replaced,
 )
 
 _MATRICES = frozenset(
@@ -91,6 +93,9 @@ class Operators(Cursor, ABC):
         match lower:
             case Relation((Symbol(variable), first), ("=",)) if upper is not None:
                 return Operator(name, self.product(), variable, (first, upper))
+            case Relation((Constant("i" | "e" as letter), first), ("=",)) if upper is not None:
+                body = replaced(self.product(), Constant(letter), Symbol(letter))
+                return Operator(name, body, letter, (first, upper))
         raise Unreadable(f"\\{name} without bounds")
 
     def limit(self) -> Node:

@@ -11,8 +11,8 @@ from eapo_fast.rewards.lexer import FUNCTIONS, Token
 from eapo_fast.rewards.limits import MAX_DIGITS
 from eapo_fast.rewards.operators import Operators, product_of
 from eapo_fast.rewards.tree import (
-    INFINITY,
     MINUS_ONE,
+    REALS,
     Bracketed,
     Call,
     Constant,
@@ -28,6 +28,7 @@ from eapo_fast.rewards.tree import (
     Text,
     Unreadable,
     negated,
+    walk,
 )
 
 STARTS = frozenset(("(", "[", "{", "\\{"))
@@ -36,6 +37,10 @@ _CLOSING = {"(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",), "{": ("}",)}
 _OPERATORS = frozenset(("sum", "prod", "int", "lim"))
 _ROUNDINGS = {"lfloor": ("floor", "rfloor"), "lceil": ("ceil", "rceil")}
 _HALF = Number(Fraction(1, 2))
+_NUMERAL = re.compile(r"[0-9A-Z]+")
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+          "ten": 10, "twelve": 12, "sixteen": 16, "hex": 16, "bin": 2}  # fmt: skip
+_NUMBER_SETS = frozenset(("mathbb Z", "mathbb N", "mathbb Q", "mathbb C"))
 
 
 def literal(digits: str) -> Fraction:
@@ -106,10 +111,13 @@ class Primaries(Operators):
         if not self.at("_"):
             return Number(literal(digits))
         self.advance()
-        base = int(literal(re.sub(r"\D", "", self.subscript()) or "0"))
-        if not digits.isdigit() or not 2 <= base <= 36 or any(int(d) >= base for d in digits):
+        written = self.subscript().strip().lower()
+        base = _BASES.get(written) or int(literal(re.sub(r"\D", "", written) or "0"))
+        known = _NUMERAL.fullmatch(digits) and 2 <= base <= 36
+        if not known or any(int(digit, 36) >= base for digit in digits):
             raise Unreadable(f"{digits} is no number of base {base}")
-        literal(digits)
+        if len(digits) > MAX_DIGITS:
+            raise Unreadable(f"a literal of more than {MAX_DIGITS} digits")
         return Numeral(digits, base)
 
     def subscript(self) -> str:
@@ -124,9 +132,13 @@ class Primaries(Operators):
 
     def symbol(self, name: str) -> Node:
         """Read a variable, with its subscript."""
+        if not self.at("_", "'"):
+            return named_letter(name)
         if self.accept("_"):
-            return Symbol(f"{name}_{self.subscript()}")
-        return named_letter(name)
+            name = f"{name}_{self.subscript()}"
+        while self.accept("'"):
+            name += "'"
+        return Symbol(name)
 
     @nested
     def bracket(self, opening: str) -> Node:
@@ -134,7 +146,13 @@ class Primaries(Operators):
         bars, self.bars = self.bars, 0
         if opening == "\\{" and self.accept("\\}"):
             return SetOf(())
+        if opening == "\\{" and self.token.kind == "symbol" and self.is_condition():
+            content = self.listing()
+            self.bars = bars
+            self.expect("\\}")
+            return content
         content = self.listing()
+        content = self.infix(content)
         self.bars = bars
         closing = self.expect(*_CLOSING[opening])
         items = content.items if isinstance(content, Listing) else (content,)
@@ -143,6 +161,27 @@ class Primaries(Operators):
         if len(items) == 1 and closing == _CLOSING[opening][0]:
             return content
         return SetOf(items) if opening == "{" else Bracketed(opening, closing, items)
+
+    def infix(self, top: Node) -> Node:
+        """Read `\\choose` or `\\over` and what stands below `top`, if it follows."""
+        if self.token[:2] == ("command", "choose"):
+            self.advance()
+            return Call("binom", (top, self.listing()))
+        if self.token[:2] == ("command", "over"):
+            self.advance()
+            return Quotient(top, self.listing())
+        return top
+
+    def is_condition(self) -> bool:
+        """Take `x |` or `x in R :` at the start of a set, which a condition on x follows."""
+        start = self.index
+        self.advance()
+        if self.accept("in"):
+            self.advance()
+        if self.accept("|", ":"):
+            return True
+        self.index = start
+        return False
 
     @nested
     def absolute(self) -> Node:
@@ -176,7 +215,11 @@ class Primaries(Operators):
         if name == "emptyset":
             return SetOf(())
         if name == "mathbb R":
-            return Bracketed("(", ")", (negated(INFINITY), INFINITY))
+            return REALS
+        if name in _NUMBER_SETS:
+            return Symbol(name)
+        if name == "overline":
+            return overlined(self.argument())
         raise Unreadable(f"unknown command \\{name}")
 
     def argument(self) -> Node:
@@ -209,7 +252,7 @@ class Primaries(Operators):
             elif self.accept("^"):
                 power = self.exponent()
         argument = self.function_argument()
-        if isinstance(argument, Bracketed) and name in ("max", "min", "gcd", "lcm"):
+        if isinstance(argument, (Bracketed, SetOf)) and name in ("max", "min", "gcd", "lcm"):
             return Call(name, argument.items)
         if power == MINUS_ONE and name in ("sin", "cos", "tan"):
             return Call(f"arc{name}", (argument,))
@@ -218,7 +261,7 @@ class Primaries(Operators):
 
     def function_argument(self) -> Node:
         """Read one bracket, or the product that follows as in `sin 2x`."""
-        if self.at("(", "[", "{"):
+        if self.at("(", "[", "{", "\\{"):
             return self.marks(self.primary())
         negative = self.accept("-")
         factors = [self.power()]
@@ -236,6 +279,15 @@ class Primaries(Operators):
             return True
         word = kind == "word" and len(text) == 2 and text[0] == "d"
         return self.integrals > 0 and (word or (text == "d" and self.peek().kind == "symbol"))
+
+
+def overlined(node: Node) -> Node:
+    """Return the conjugate of a complex expression; over a letter a bar makes another name."""
+    if Constant("i") in walk(node):
+        return Call("conj", (node,))
+    if isinstance(node, Symbol) and node.name.islower():
+        return Symbol(f"{node.name} bar")
+    return node
 
 
 def named_letter(letter: str) -> Node:

@@ -8,7 +8,6 @@ function stands in a module.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import json
@@ -77,6 +76,8 @@ class in_process:
             ProcessDied: The process ended or overran its time.
             RuntimeError: The function raised; the message says what.
         """
+        import asyncio  # late: a checker's worker has no use for it
+
         sent = {key: value for key, value in keywords.items() if key not in _HERE_ONLY}
         return await asyncio.to_thread(self._ask, _encoded(sent))
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial, reduce
+from operator import itemgetter
+
 from eapo_fast.rewards.tree import (
     INFINITY,
     LEAVES,
+    REALS,
     Bracketed,
     Call,
+    Combined,
+    Constant,
     Listing,
     Node,
+    Number,
+    Power,
     Product,
-    Quantity,
     Quotient,
     Ratio,
     Relation,
@@ -21,11 +28,14 @@ from eapo_fast.rewards.tree import (
     Text,
     Union,
     negated,
+    rebuilt,
+    symbols,
     walk,
 )
 
 FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
 """Relations that are compared, and what they become when their sides change places."""
+_OF_SETS = (Relation, Union, Combined)
 _FUNCTION_NAMES = frozenset("fghpqrFGHPQRWP")
 
 
@@ -35,15 +45,55 @@ def plain(node: Node) -> Node:
         items = [part for item in node.items for part in _spread(item)]
         if isinstance(node, SetOf):
             return SetOf(tuple(items))
-        intervals = [interval(item) for item in items]
-        parts = tuple(part for part in intervals if part is not None)
-        if len(parts) == len(items) and not node.joined:
-            return Union(parts)
-        return Listing(tuple(items), node.joined)
+        return _conditions(items, node.joined) or Listing(tuple(items), node.joined)
     if isinstance(node, Relation):
         return interval(node) or node
+    if isinstance(node, (Union, Combined)):
+        return rebuilt(node, lambda part: plain(part) if isinstance(part, _OF_SETS) else part)
+    if isinstance(node, Product):
+        node = _without_label(node)
+    if isinstance(node, Sum):
+        node = _without_members(node)
     spread = _spread(node)
     return spread[0] if len(spread) == 1 else Listing(tuple(spread))
+
+
+def _conditions(items: list[Node], joined: bool) -> Node | None:
+    """Read a list of inequalities as one set, or as one set for each of several variables."""
+    intervals = [interval(item) for item in items]
+    parts = tuple(part for part in intervals if part is not None)
+    if len(parts) < len(items):
+        return None
+    names = [min(symbols(item), default="") for item in items]
+    if len(set(names)) == len(names):
+        return Bracketed(
+            "(",
+            ")",
+            tuple(part for _, part in sorted(zip(names, parts, strict=True), key=itemgetter(0))),
+        )
+    if all(isinstance(part, Combined) for part in parts) or (joined and len(set(names)) == 1):
+        return reduce(partial(Combined, "cap"), parts)
+    return None if joined else Union(parts)
+
+
+def _without_label(node: Product) -> Node:
+    """Return the point of `A(1, 2)`."""
+    match node.factors:
+        case (Symbol(name), Bracketed("(", ")", items) as point) if (
+            name.isupper() and len(items) > 1
+        ):
+            return point
+        case _:
+            return node
+
+
+def _without_members(node: Sum) -> Node:
+    """Read `R - {3}` as a difference of sets."""
+    match node.terms:
+        case (left, Product((Number(), SetOf() as right))) if isinstance(left, (Bracketed, Union)):
+            return Combined("setminus", left, right)
+        case _:
+            return node
 
 
 def _spread(node: Node) -> list[Node]:
@@ -54,24 +104,10 @@ def _spread(node: Node) -> list[Node]:
 
 def _with_sign(node: Node, sign: int) -> Node:
     """Replace every plus-minus by one of its signs (the upper signs belong together)."""
-    match node:
-        case Signed(own, operand):
-            inner = _with_sign(operand, sign)
-            return inner if own * sign > 0 else negated(inner)
-        case Sum(parts):
-            return Sum(tuple(_with_sign(part, sign) for part in parts))
-        case Product(parts):
-            return Product(tuple(_with_sign(part, sign) for part in parts))
-        case Quotient(top, bottom):
-            return Quotient(_with_sign(top, sign), _with_sign(bottom, sign))
-        case Quantity(operand, unit):
-            return Quantity(_with_sign(operand, sign), unit)
-        case Relation(sides, operators):
-            return Relation(tuple(_with_sign(side, sign) for side in sides), operators)
-        case Bracketed(opening, closing, items):
-            return Bracketed(opening, closing, tuple(_with_sign(item, sign) for item in items))
-        case _:
-            return node
+    if isinstance(node, Signed):
+        inner = _with_sign(node.operand, sign)
+        return inner if node.sign * sign > 0 else negated(inner)
+    return rebuilt(node, lambda part: _with_sign(part, sign))
 
 
 def interval(node: Node) -> Node | None:
@@ -81,6 +117,8 @@ def interval(node: Node) -> Node | None:
     sides, operators = node.sides, node.operators
     if operators == ("in",) and is_name(sides[0]):
         return sides[1]
+    if operators == ("!=",) and isinstance(sides[0], Symbol) and is_constant(sides[1]):
+        return Combined("setminus", REALS, SetOf((sides[1],)))
     if any(operator not in ("<", "<=", ">", ">=") for operator in operators):
         return None
     if len(sides) == 2 and isinstance(sides[1], Symbol):
@@ -116,8 +154,16 @@ def is_name(node: Node) -> bool:
     match node:
         case Symbol() | Text():
             return True
-        case Product((Symbol(name), Symbol())):
-            return name in _FUNCTION_NAMES or _is_measure(node)
+        case Product((Symbol(), Symbol("t"))):
+            return True
+        case Product((Symbol(name), Symbol() | Constant())):
+            return name.rstrip("'") in _FUNCTION_NAMES or _is_measure(node)
+        case Product((Power(Symbol(name), _), Symbol())):
+            return name in _FUNCTION_NAMES
+        case Product((Symbol(name), Bracketed("(", ")", items))):
+            return name in _FUNCTION_NAMES and all(isinstance(item, Symbol) for item in items)
+        case Quotient(Product((Symbol("d"), Symbol())), Product((Symbol("d"), Symbol()))):
+            return True
         case Product(factors):
             return all(isinstance(factor, Symbol) for factor in factors)
         case Bracketed(_, _, items):

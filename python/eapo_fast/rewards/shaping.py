@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from eapo_fast.errors import ConfigError, DataError
-from eapo_fast.rewards.compare import normal_text
 from eapo_fast.rewards.extract import boxed, extract_gold
 from eapo_fast.rewards.functions import (
     WELL_FORMED,
@@ -19,6 +18,7 @@ from eapo_fast.rewards.functions import (
     is_well_formed,
     policy_texts,
 )
+from eapo_fast.rewards.texts import normal_text
 
 RewardFunction = Callable[..., Rewards]
 Counted = Literal["accepted", "asked"]
@@ -30,7 +30,8 @@ def overlong(max_length: int = 20480, buffer: int = 4096, *, factor: float = 1.0
     """Make DAPO's soft overlong punishment (arXiv 2503.14476, section 3.4).
 
     `min(-(length - (max_length - buffer)) / buffer * factor, 0)` per completion, where `length` is
-    the number of policy tokens: 0 up to `max_length - buffer`, then linearly down to `-factor`.
+    the number of policy tokens: 0 up to `max_length - buffer`, then linearly down to `-factor` at
+    `max_length`. Beyond it the line goes on (as in DAPO's code; the paper stays at -1).
 
     Args:
         max_length: L_max in tokens, usually `max_completion_length`.

@@ -6,7 +6,7 @@ bounded by the grammar's limits; nothing in a tree is ever evaluated as code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
@@ -171,6 +171,15 @@ class Union:
 
 
 @dataclass(frozen=True, slots=True)
+class Combined:
+    """A set without (`setminus`) another one, or what both have (`cap`)."""
+
+    operation: str
+    left: Node
+    right: Node
+
+
+@dataclass(frozen=True, slots=True)
 class Ratio:
     """A proportion such as 2:3:4."""
 
@@ -205,11 +214,12 @@ Node: TypeAlias = (
     | SetOf
     | Matrix
     | Union
+    | Combined
     | Ratio
     | Relation
 )
 
-COLLECTIONS = (Bracketed, Listing, SetOf, Matrix, Union, Ratio, Relation)
+COLLECTIONS = (Bracketed, Listing, SetOf, Matrix, Union, Combined, Ratio, Relation)
 """Nodes that are not a single value."""
 
 LEAVES = (Number, Numeral, Symbol, Constant, Text)
@@ -217,6 +227,7 @@ LEAVES = (Number, Numeral, Symbol, Constant, Text)
 
 INFINITY = Constant("inf")
 MINUS_ONE = Number(Fraction(-1))
+REALS = Bracketed("(", ")", (Product((MINUS_ONE, INFINITY)), INFINITY))
 
 
 def negated(node: Node) -> Node:
@@ -231,7 +242,7 @@ def children(node: Node) -> tuple[Node, ...]:
     match node:
         case Sum(parts) | Product(parts) | Call(_, parts) | SetOf(parts) | Union(parts):
             return parts
-        case Quotient(left, right) | Power(left, right):
+        case Quotient(left, right) | Power(left, right) | Combined(_, left, right):
             return left, right
         case Operator(_, body, _, bounds):
             return body, *bounds
@@ -243,6 +254,46 @@ def children(node: Node) -> tuple[Node, ...]:
             return tuple(item for row in rows for item in row)
         case _:
             return ()
+
+
+def rebuilt(node: Node, change: Callable[[Node], Node]) -> Node:
+    """Return the node with each of its direct parts changed."""
+
+    def all_of(parts: tuple[Node, ...]) -> tuple[Node, ...]:
+        return tuple(change(part) for part in parts)
+
+    match node:
+        case Sum(parts) | Product(parts) | SetOf(parts) | Union(parts) | Ratio(parts):
+            return type(node)(all_of(parts))
+        case Quotient(left, right) | Power(left, right):
+            return type(node)(change(left), change(right))
+        case Call(name, parts):
+            return Call(name, all_of(parts))
+        case Operator(name, body, variable, bounds):
+            return Operator(name, change(body), variable, all_of(bounds))
+        case Signed(sign, operand):
+            return Signed(sign, change(operand))
+        case Percent(operand):
+            return Percent(change(operand))
+        case Quantity(operand, unit):
+            return Quantity(change(operand), unit)
+        case Bracketed(opening, closing, parts):
+            return Bracketed(opening, closing, all_of(parts))
+        case Listing(parts, joined):
+            return Listing(all_of(parts), joined)
+        case Combined(operation, left, right):
+            return Combined(operation, change(left), change(right))
+        case Relation(parts, operators):
+            return Relation(all_of(parts), operators)
+        case Matrix(rows):
+            return Matrix(tuple(map(all_of, rows)))
+        case _:
+            return node
+
+
+def replaced(node: Node, old: Node, new: Node) -> Node:
+    """Return the tree with one of its leaves replaced."""
+    return new if node == old else rebuilt(node, lambda part: replaced(part, old, new))
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -29,6 +29,7 @@ _DIMENSIONS: dict[str, dict[str, str]] = {
     "angle": {"degree": "deg", "rad": "radian"},
     "money": {"cent": "", "dollar": "usd buck"},
     "speed": {"mph": ""},
+    "half of the day": {"am": "", "pm": ""},
     "count": {"unit": ""},
 }
 _DIMENSION_OF = {unit: kind for kind, units in _DIMENSIONS.items() for unit in units}

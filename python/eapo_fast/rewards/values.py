@@ -192,15 +192,23 @@ def _exact_call(name: str, arguments: list[Gaussian], meter: Meter) -> Gaussian:
         return Gaussian(abs(first.re))
     if name == "root" and _is_degree(arguments[1]):
         return _exact_root(first, int(arguments[1].re))
-    if name == "factorial":
-        if first.im or first.re.denominator != 1 or first.re < 0:
-            raise Unreadable("a factorial of what is no natural number")
-        if first.re > MAX_FACTORIAL:
-            raise TooLarge(f"a factorial above {MAX_FACTORIAL}")
-        return _metered(Gaussian(Fraction(math.factorial(int(first.re)))), meter)
+    if name == "conj":
+        return Gaussian(first.re, -first.im)
+    if name in ("factorial", "double factorial"):
+        return _metered(Gaussian(Fraction(_exact_factorial(first, name))), meter)
     if name in _OF_RATIONALS and not any(argument.im for argument in arguments):
         return _metered(Gaussian(_rational_call(name, [a.re for a in arguments])), meter)
     raise Inexact
+
+
+def _exact_factorial(argument: Gaussian, name: str) -> int:
+    if argument.im or argument.re.denominator != 1 or argument.re < 0:
+        raise NoMethod(f"a {name} of what is no natural number")
+    if argument.re > MAX_FACTORIAL:
+        raise TooLarge(f"a {name} above {MAX_FACTORIAL}")
+    if name == "factorial":
+        return math.factorial(int(argument.re))
+    return math.prod(range(int(argument.re), 0, -2))
 
 
 _OF_RATIONALS = frozenset(("floor", "ceil", "max", "min", "gcd", "lcm", "binom"))

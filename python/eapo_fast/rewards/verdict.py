@@ -20,6 +20,7 @@ SymbolicMethod: TypeAlias = Callable[[Node, Node, Arena], Outcome]
 Status = Literal["correct", "incorrect", "undecided"]
 _SPACES = re.compile(r"\s+")
 _DECIMAL = re.compile(r"([-+]?)([0-9]+)(?:\.([0-9]*))?")
+_TEXT = re.compile(r"\\(?:text|textbf|textrm|mbox)\{([^{}]*)\}")
 _SHORT_NUMBER = 100
 _LIST = re.compile(r",|;|\b(?:and|or)\b")
 
@@ -47,7 +48,8 @@ def verify(prediction: str, gold: str, *, extract: str = "auto") -> Verdict:
     """Compare the final answer of a text with the reference.
 
     Nothing is evaluated as code, and the work is bounded by steps: the verdict is a pure function
-    of its arguments, whatever the load. Numbers are exact rationals, there is no rounding.
+    of its arguments, whatever the load. Numbers are exact rationals, there is no rounding. Where
+    the caller has left no stack or memory the verdict is `undecided`.
 
     Args:
         prediction: A completion, or an answer alone.
@@ -58,6 +60,14 @@ def verify(prediction: str, gold: str, *, extract: str = "auto") -> Verdict:
     Raises:
         ConfigError: Unknown `extract`.
     """
+    try:
+        return _verified(prediction, gold, extract)
+    except (RecursionError, MemoryError) as error:
+        reason = f"no stack or memory left ({type(error).__name__})"
+        return Verdict(status="undecided", reason=reason, prediction=None, gold=None)
+
+
+def _verified(prediction: str, gold: str, extract: str) -> Verdict:
     answer, reference = extract_answer(prediction, extract), extract_gold(gold)
     outcome = _judge(answer, reference)
     if not outcome.equal:
@@ -96,6 +106,8 @@ def compare_texts(answer: str, reference: str, symbolic: SymbolicMethod | None =
     if None not in numbers:
         same = numbers[0] == numbers[1]
         return Outcome(same, "equal values" if same else "different values")
+    if "\\text" in answer + reference and _without_text(texts[0]) == _without_text(texts[1]):
+        return Outcome(True, "the same words")
     trees = []
     for side, text in (("prediction", answer), ("reference", reference)):
         try:
@@ -166,6 +178,10 @@ def _plain_number(text: str) -> tuple[str, str, str] | None:
     return "-" if sign == "-" and (whole or part) else "", whole, part
 
 
+def _without_text(text: str) -> str:
+    return _SPACES.sub(" ", _TEXT.sub(r"\1", text)).strip()
+
+
 def _spaced(text: str) -> str:
     return _SPACES.sub(" ", clean(text))
 
@@ -177,7 +193,11 @@ def _readings(text: str) -> list[Node]:
     """
     choice = split_choice(text)
     if choice is not None:
-        return [Text(choice[0]), *_readings(choice[1])]
+        return [Text(choice[0]), *_values(choice[1])]
+    return _values(text)
+
+
+def _values(text: str) -> list[Node]:
     readings = [parse(text)]
     if "," not in text:
         return readings

@@ -122,6 +122,7 @@ class _Collection:
         self.prompts: list[list[int]] = []
         self.problems: list[str] = []
         self.trajectories: dict[int, _Trajectory] = {}
+        self.parked: dict[int, _Trajectory] = {}
         self.groups: list[list[Rollout | None]] = []
         self.tape = scheduler.tape(step) if scheduler is not None else Tape()
         session.pinned_rate = self.tape.replays
@@ -205,14 +206,15 @@ class _Collection:
             )
             trajectory.requests.append(request)
             trajectory.pending.append(self.scheduler.submit(request))
+        self.parked[seq] = trajectory
         wait = self.tape.wait(trajectory.row, self.scheduler.expected_wait())
         self.session.expect_wait(seq, wait)
 
     def _answer(self, *, idle: bool) -> None:
         """Inject every reply that is complete and due; with nothing to decode, wait for one."""
-        waiting = {t.row: s for s, t in self.trajectories.items() if t.pending}
-        if not waiting or self.scheduler is None:
+        if not self.parked or self.scheduler is None:
             return
+        waiting = {t.row: s for s, t in self.parked.items()}
         self.scheduler.flush()
         ready = [row for row, seq in waiting.items() if self._answered(seq)]
         if idle and not ready:
@@ -237,6 +239,7 @@ class _Collection:
         trajectory.kinds.append(answer.kind)
         trajectory.results.extend(answer.results)
         trajectory.pending.clear()
+        self.parked.pop(seq, None)
         runnable = self.session.inject(seq, answer.token_ids)
         written = len(self.session.row(seq).token_ids) - start
         trajectory.injections.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -91,8 +92,9 @@ def _reply(
 def encode_reply(vocabulary: Vocabulary, text: str, tags: Sequence[str]) -> list[int]:
     """Tokenise a reply so that neither its ids nor their text hold a control token or a tag."""
     ids = vocabulary.encode_foreign(escape_tags(text, tags))
-    if any(tag in vocabulary.text(ids) for tag in tags):
-        ids = vocabulary.encode_foreign(text.replace("<", "(").replace(">", ")"))
+    if any(tag in vocabulary.text(ids) for tag in tags):  # the tokenizer itself makes one
+        plain = unicodedata.normalize("NFKC", text).replace("<", "(").replace(">", ")")
+        ids = vocabulary.encode_foreign(escape_tags(plain, tags))
     if any(tag in vocabulary.text(ids) for tag in tags):
         return []
     return ids

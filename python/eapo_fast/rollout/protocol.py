@@ -10,6 +10,8 @@ from typing import Literal
 
 from eapo_fast.errors import ConfigError
 from eapo_fast.experts import ConsultResult
+from eapo_fast.experts.checks import checked_count
+from eapo_fast.experts.sanitize import OPENING
 
 Origin = Literal["tag", "reply"]
 
@@ -51,14 +53,37 @@ class ConsultProtocol:
     """Text per consult status (and `malformed_block`); `default` serves the others."""
 
     def __post_init__(self) -> None:
-        if self.max_queries < 1 or self.max_turns < 1:
+        checked_count("max_queries", self.max_queries)
+        checked_count("max_turns", self.max_turns)
+        for name in ("query_tags", "advice_tags", "answer_tags"):
+            pair = getattr(self, name)
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ConfigError(f"{name} is {pair!r}; it must be a pair: (opening, closing).")
+        try:
+            tags = self.tags
+        except (AttributeError, IndexError, KeyError, ValueError):
             raise ConfigError(
-                f"max_queries {self.max_queries}, max_turns {self.max_turns}: allowed is 1 or more"
-            )
-        if any(not tag for tag in self.tags):
-            raise ConfigError("a consult tag is empty: every tag needs at least one character")
+                f"answer_tags is {self.answer_tags!r}; the only field they may have is {{index}}."
+            ) from None
+        self._check_tags(tags)
         if "default" not in self.notices:
             raise ConfigError('notices: the key "default" is missing')
+        for status, notice in self.notices.items():
+            if any(tag in notice for tag in tags):
+                raise ConfigError(f"notices[{status!r}] is {notice!r}; it must not hold a tag.")
+
+    def _check_tags(self, tags: Sequence[str]) -> None:
+        if not all(isinstance(tag, str) and tag for tag in tags):
+            raise ConfigError("a consult tag is empty: every tag needs at least one character")
+        taken = next((tag for tag in tags if OPENING in tag), None)
+        if taken is not None:
+            raise ConfigError(
+                f"the tag {taken!r} holds {OPENING!r}, which stands for the start of a tag "
+                "in a reply; choose another."
+            )
+        block = (self.open_tag, self.close_tag, *self.query_tags)
+        if len(set(block)) < len(block):
+            raise ConfigError(f"the tags of a consult {block!r} must be four different ones.")
 
     @property
     def tags(self) -> tuple[str, ...]:

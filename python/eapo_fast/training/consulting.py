@@ -9,7 +9,15 @@ from typing import Any
 
 from eapo_fast.config import EAPOConfig
 from eapo_fast.errors import ExpertError
-from eapo_fast.experts import STATUSES, ConsultPolicy, ConsultScheduler, Expert, Ledger, Recorded
+from eapo_fast.experts import (
+    STATUSES,
+    ConsultPolicy,
+    ConsultResult,
+    ConsultScheduler,
+    Expert,
+    Ledger,
+    Recorded,
+)
 from eapo_fast.rewards.leaks import states_answer
 from eapo_fast.rollout import Rollout
 
@@ -57,13 +65,13 @@ def hit_by_failure(rollouts: Sequence[Rollout], args: EAPOConfig) -> list[bool]:
     Raises:
         ExpertError: it failed and `expert_failure` is stop.
     """
-    failed = [any(r.status in FAILED for r in rollout.consults) for rollout in rollouts]
+    failed = [any(_failed(r) for r in rollout.consults) for rollout in rollouts]
     sent = [r for rollout in rollouts for r in rollout.consults if r.status in DISPATCHED]
-    share = sum(r.status in FAILED for r in sent) / len(sent) if sent else 0.0
+    share = sum(_failed(r) for r in sent) / len(sent) if sent else 0.0
     if args.expert_failure == "keep" or not share or share < args.expert_failure_share:
         return [False] * len(rollouts)
     if args.expert_failure == "stop":
-        counts = Counter(r.status for r in sent if r.status in FAILED)
+        counts = Counter(r.status for r in sent if _failed(r))
         raise ExpertError(
             f"the expert failed on {share:.0%} of this generation's consults ({dict(counts)}); "
             f"expert_failure is stop. Resume from the last checkpoint when it answers again"
@@ -72,6 +80,11 @@ def hit_by_failure(rollouts: Sequence[Rollout], args: EAPOConfig) -> list[bool]:
         return failed
     groups = {r.group_id for r, hit in zip(rollouts, failed, strict=True) if hit}
     return [r.group_id in groups for r in rollouts]
+
+
+def _failed(result: ConsultResult) -> bool:
+    """Whether the expert failed: a key that it refuses is its failure, a question is not."""
+    return result.status in FAILED or result.trace.unfit
 
 
 def leak_flags(rollouts: Sequence[Rollout], golds: Sequence[Any]) -> list[list[bool | None]]:

@@ -164,7 +164,7 @@ class Scorer:
             raise RewardError(
                 f"{where} returned {got} values, expected one for each of {len(group)}"
             )
-        return [None if v is None else float(v) for v in values]
+        return [_number(v, r, where) for v, r in zip(values, group, strict=True)]
 
     def _verdict(self, final_turn: str, row: Mapping[str, Any]) -> rewards.Verdict | None:
         gold = row.get("answer")
@@ -186,6 +186,16 @@ class Scorer:
             final_turn=final,
             undecided=verdict is not None and verdict.status == "undecided",
         )
+
+
+def _number(value: Any, rollout: Rollout, where: str) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"{where}, rollout {rollout.sample_index}, returned {_short(value)}, allowed is a "
+            f"number or None"
+        ) from error
 
 
 def reward_name(function: RewardFunction) -> str:

@@ -13,6 +13,9 @@ from eapo_fast.config import EAPOConfig
 from eapo_fast.errors import ConfigError, ModelError
 from eapo_fast.training.quiet import without_progress_bars
 
+_RUNS = "runs"
+"""Folder of runs without a name; a model in it is never one of the hub."""
+
 
 def load_model(model: str | Path | PreTrainedModel, args: EAPOConfig) -> PreTrainedModel:
     """Return the policy on its device.
@@ -82,7 +85,7 @@ def output_folder(args: EAPOConfig, model: PreTrainedModel) -> Path:
         ConfigError: it cannot be written.
     """
     name = Path(model.name_or_path or "model").name
-    folder = Path(args.output_dir or f"runs/{name}-EAPO")
+    folder = Path(args.output_dir or f"{_RUNS}/{name}-EAPO")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
@@ -104,6 +107,9 @@ def _from_path(path: str) -> PreTrainedModel:
         raise ModelError(
             f"model: {path} has no config.json, so it is not a transformers model directory"
         )
+    if folder.is_file() or (folder.parts[:1] == (_RUNS,) and not folder.exists()):
+        state = "is a file" if folder.is_file() else "does not exist"
+        raise ModelError(f"model: {path} {state}; a transformers model directory is needed")
     try:
         with without_progress_bars():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -11,7 +11,8 @@ import torch
 from check_linear_loss import CU, batch_of, compare, head, loss, on
 
 from eapo_fast import ops, recipes
-from eapo_fast.kernels.linear_policy_loss import triton_plan, triton_slabs
+from eapo_fast.kernels.linear_policy_loss import operator, triton_plan, triton_slabs
+from eapo_fast.kernels.linear_token_stats import operator as stats_operator
 from eapo_fast.kernels.linear_token_stats.triton_kernel import Span, TritonHead
 from eapo_fast.recipes import Recipe
 
@@ -77,6 +78,44 @@ def test_a_part_of_a_batch_has_no_loss(device: torch.device) -> None:
     assert gradients[0].isnan().any()
 
 
+@pytest.mark.parametrize("name", [*BATCH_GLOBAL, "siren"])
+def test_nothing_to_train_on(name: str, device: torch.device) -> None:
+    batch = batch_of()
+    assert batch.mask is not None
+    batch.mask[:] = False
+    recipe = busy(name).replace(max_length=20)
+    found, gradients = loss(head(CU[-1], 50), batch, recipe, device)
+    assert found.loss.item() == 0
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("name", ["eapo", "gspo"])
+def test_micro_batches_add_up(name: str, device: torch.device) -> None:
+    recipe, inputs, batch = recipes.get(name), head(CU[-1], 60), batch_of()
+    assert batch.mask is not None
+    assert batch.ref_logprob is not None
+    want, wanted = loss(inputs, batch, recipe, device)
+    lengths = torch.tensor(CU).diff().tolist()
+    trained = sum(bool(part.any()) for part in batch.mask.split(lengths))
+    counts = {"num_tokens": int(batch.mask.sum()), "num_sequences": trained}
+    total, of_weight = torch.zeros((), device=device), torch.zeros_like(wanted[1])
+    for first, last in ((0, 3), (3, 5)):
+        rows = slice(CU[first], CU[last])
+        part = replace(
+            batch, **counts, old_logprob=batch.old_logprob[rows], mask=batch.mask[rows],
+            ref_logprob=batch.ref_logprob[rows], advantages=batch.advantages[first:last],
+            cu_seqlens=batch.cu_seqlens[first : last + 1] - CU[first],
+            stats={k: v[rows] if v.ndim else v for k, v in (batch.stats or {}).items()},
+        )  # fmt: skip
+        found, got = loss((inputs[0][rows], inputs[1], inputs[2][rows]), part, recipe, device,
+                          chunk_size=9)  # fmt: skip
+        total += found.loss.detach()
+        of_weight += got[1]
+        torch.testing.assert_close(got[0], wanted[0][rows], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(total, want.loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(of_weight, wanted[1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("name", "chunk"), [("gspo", 25), ("gmpo", 8)])
 def test_slabs_of_sequences(name: str, chunk: int, device: torch.device, read: list[int]) -> None:
     """Rows are read once; those of sequences longer than a slab twice."""
@@ -86,6 +125,50 @@ def test_slabs_of_sequences(name: str, chunk: int, device: torch.device, read: l
     compare(head(CU[-1], 60), batch, recipes.get(name).replace(beta=0.05), device, chunk_size=chunk)
     assert sum(read) == sum(n if n <= chunk else 2 * n for n in lengths)
     assert max(read) <= chunk
+
+
+@pytest.mark.parametrize("name", ["gspo", "siren"])
+def test_operators(name: str, device: torch.device) -> None:
+    """What they promise to `torch.compile`: shapes and dtypes, nothing overwritten, gradients."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    hidden, weight, targets = (x.to(device) for x in head(CU[-1], 30))
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    more = (targets, None, 0.9, 5.0, 30, None, None)
+    statistics = (*leaves, *more, "sum_p2 kept_mass", 25, "triton", 0.8)
+    torch.library.opcheck(stats_operator.token_stats, statistics, test_utils=checks)
+    batch, recipe = on(batch_of(), device), recipes.get(name).replace(max_length=9).to_json()
+    names = operator.metric_names(recipe, False, "")
+    torch.library.opcheck(
+        operator.policy_loss,
+        (*leaves, targets, None, batch.old_logprob, batch.advantages, batch.cu_seqlens, batch.mask,
+         None, [], "", None, None, recipe, names, 0.9, None, 30, None, None, 25, "auto", "triton",
+         True, True, False),
+        test_utils=checks,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["eapo", "gspo", *BATCH_GLOBAL, "siren"])
+def test_nothing_waits(name: str, device: torch.device) -> None:
+    """On a GPU, where torch itself can tell; `test_triton_waits.py` asks without one."""
+    if device.type != "cuda":
+        pytest.skip("needs a GPU")
+    recipe = busy(name).replace(max_length=20)
+    hidden, weight, targets = (x.to(device) for x in head(CU[-1], 60))
+    batch = replace(on(batch_of(), device), num_tokens=28, num_sequences=4)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    for chunk in (None, 16):
+
+        def step(chunk: int | None = chunk) -> None:
+            ops.linear_policy_loss(
+                *leaves, targets, batch, recipe, backend="triton", chunk_size=chunk
+            ).loss.backward()
+
+        step()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def packed(lengths: list[int], most: int) -> tuple[list[list[int]], list[list[int]]]:

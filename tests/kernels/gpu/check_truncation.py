@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eapo_fast import ops, recipes
 from eapo_fast.kernels.linear_token_stats import triton_kernel
+from eapo_fast.kernels.truncated_entropy.reference import truncated_entropy
 from eapo_fast.recipes import Recipe
 
 EXTRAS = ("kept_mass", "truncated_entropy")
@@ -55,14 +56,12 @@ def check(
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (2, 2), (4, 63), (2, 2047)])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (2, 2), (1, 2047)])
 def test_sizes(rows: int, vocab: int, cut: dict[str, Any], device: torch.device) -> None:
     check(head(rows, vocab), device, **cut)
 
 
-@pytest.mark.parametrize(
-    ("cut", "dtype"), [*((c, DTYPES[0]) for c in CUTS), ("both", DTYPES[1]), ("top_p", DTYPES[2])]
-)
+@pytest.mark.parametrize(("cut", "dtype"), zip(("all three", "both", "top_p"), DTYPES, strict=True))
 def test_every_way_of_the_search(
     cut: str, dtype: torch.dtype, device: torch.device, little_room: None
 ) -> None:
@@ -96,19 +95,38 @@ def test_equal_logits_are_kept_in_the_order_of_their_ids(
     assert round(float(want["kept_mass"]) * 100) == 29
 
 
-def test_extreme_logits(device: torch.device, little_room: None) -> None:
-    """+-1e4, logits around 0 of either sign, denormal ones and both zeros."""
+def test_which_tokens_are_kept(device: torch.device, little_room: None) -> None:
+    """Exact logits: +-1e4, small ones, zeros of either sign, ties, and masses that are hit."""
     generator = torch.Generator().manual_seed(2)
-    row = torch.randn(60, generator=generator)
-    weight = torch.stack([row * 1e4, row * 1e-42, row * 0.0, row.sign() * 1e-3, row - 80], 1)
-    inputs = torch.eye(5), weight, torch.zeros(5, dtype=torch.int64)
-    for cut in CUTS.values():
-        check(inputs, device, **cut)
+    row = torch.randn(64, generator=generator)
+    rows = [row * 1e4, row * 1e-3, row * 0.0, row.sign() * 1e-3, row - 80, row.abs().round(),
+            -row.abs().round(), row.round(), torch.zeros(64)]  # fmt: skip
+    weight = torch.stack(rows, 1)
+    own = triton_kernel.TritonHead(
+        torch.eye(9, device=device), weight.to(device), torch.zeros(9, device=device).long(),
+        bias=None, temperature=1.0, softcap=None, vocab_size=64, banned=None, chunk_size=None,
+    )  # fmt: skip
+    cuts = [CUTS[name] for name in ("top_p", "nothing", "top_k", "all three")]
+    for cut in (*cuts, {"top_p": 0.5}, {"top_k": 64}, {"min_p": 1.0}, {"min_p": 0.4}):
+        own.truncation = triton_kernel.Cut(**cut)
+        own.read(0, 9, keep=False)
+        border, last = (x[:, None].cpu() for x in own.state[:, 7:].unbind(1))
+        logits = weight.T
+        got = (logits > border) | ((logits == border) & (torch.arange(64) <= last))
+        log_p = logits.double().log_softmax(-1)
+        want = own.truncation.kept(log_p)
+        told_apart = (
+            torch.arange(9) != 1
+        )  # float64's log-probabilities of denormal logits are equal
+        assert torch.equal(got[told_apart], want[told_apart]), cut
+        mass, entropy = truncated_entropy(log_p, want)
+        assert_close(own.extra("kept_mass"), mass, torch.float32)
+        assert_close(own.extra("truncated_entropy"), entropy, torch.float32)
 
 
 def test_large_vocabulary(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":  # where time goes with the number of blocks
-        monkeypatch.setattr(triton_kernel, "SPAN", 1 << 16)
+        monkeypatch.setattr(triton_kernel, "SPAN", 1 << 15)
         monkeypatch.setattr(triton_kernel, "ROOM", 1 << 13)
     check(head(1, 151_936, width=4), device, top_p=0.8, top_k=10_000)
 
@@ -150,10 +168,10 @@ def test_the_third_coefficient(plan: str, entropy_coef: float, device: torch.dev
     assert found.c.any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_siren_in_every_dtype(dtype: torch.dtype, device: torch.device) -> None:
     recipe, batch = siren()
-    frozen = dtype == torch.float32
-    found = compare(head(CU[-1], 200, dtype=dtype), batch, recipe, device, frozen=frozen)
+    frozen = dtype == torch.float16
+    found = compare(head(CU[-1], 80, dtype=dtype), batch, recipe, device, frozen=frozen)
     assert found.c is not None
     assert found.c.any()

@@ -44,7 +44,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "arcsin": sp.asin, "arccos": sp.acos, "arctan": sp.atan, "sinh": sp.sinh, "cosh": sp.cosh,
     "tanh": sp.tanh, "ln": sp.log, "log": sp.log, "exp": sp.exp, "sqrt": sp.sqrt, "abs": sp.Abs,
     "floor": sp.floor, "ceil": sp.ceiling, "max": sp.Max, "min": sp.Min, "gcd": sp.gcd,
-    "lcm": sp.lcm, "binom": sp.binomial,
+    "lcm": sp.lcm, "binom": sp.binomial, "conj": sp.conjugate,
 }  # fmt: skip
 _LARGEST_MATRIX = 36
 
@@ -114,10 +114,12 @@ class Builder:
             raise NotBuilt(f"{name} of a matrix")
         if name in _TRIGONOMETRIC and isinstance(given, Quantity) and given.unit == "degree":
             return _FUNCTIONS[name](first * sp.pi / 180)
-        if name == "factorial":
-            if first.is_Number and not 0 <= first <= MAX_FACTORIAL:
-                raise NotBuilt("a factorial that is too large")
-            return sp.factorial(first)
+        if name in ("factorial", "double factorial"):
+            if first.is_Number and not abs(first) <= MAX_FACTORIAL:
+                raise NotBuilt(f"a {name} that is too large")
+            return sp.factorial(first) if name == "factorial" else sp.factorial2(first)
+        if name == "binom" and any(v.is_Number and abs(v) > MAX_FACTORIAL for v in values):
+            raise NotBuilt("a binomial coefficient that is too large")
         if name == "lg":
             return sp.log(first, 10)
         if name == "root":
@@ -134,6 +136,9 @@ class Builder:
         body = self.build(node.body)
         self.bound = outer
         match node.name, bounds:
+            case "sum", [lower, sp.oo]:
+                value = _geometric_series(body, variable, lower)
+                return sp.Sum(body, (variable, lower, sp.oo)) if value is None else value
             case "sum", [lower, upper]:
                 return sp.Sum(body, (variable, lower, upper))
             case "prod", [lower, upper]:
@@ -143,6 +148,17 @@ class Builder:
             case "lim", [target]:
                 return sp.Limit(body, variable, target, "-" if target == sp.oo else "+-")
         raise NotBuilt("an antiderivative is not unique")
+
+
+def _geometric_series(body: Any, variable: Any, lower: Any) -> Any | None:
+    """Return the value of an infinite geometric series; None for another one.
+
+    sympy takes such a series for a hypergeometric one, whose formulas a worker cannot load.
+    """
+    ratio = sp.powsimp(body.subs(variable, variable + 1) / body)
+    if not ratio.is_Rational or not 0 < abs(ratio) < 1:
+        return None
+    return body.subs(variable, lower) / (1 - ratio)
 
 
 def _power(base: Any, exponent: Any) -> Any:

@@ -13,6 +13,7 @@ from eapo_fast.rewards.scalars import Arena, Outcome
 from eapo_fast.rewards.symbolic.build import Builder, NotBuilt
 from eapo_fast.rewards.tree import (
     Bracketed,
+    Combined,
     Listing,
     Node,
     Relation,
@@ -49,7 +50,8 @@ def _compare(a: Node, b: Node, arena: Arena) -> Outcome:
         return _compare_equations(a, b, builder)
     if isinstance(a, _SETS) or isinstance(b, _SETS):
         names = symbols(a) | symbols(b)
-        if len(names) == 1 and not _is_arithmetic(a, b):
+        joined = any(isinstance(node, (Union, Combined)) for node in (a, b))
+        if (len(names) == 1 or (joined and not names)) and not _is_arithmetic(a, b):
             return _compare_sets(_as_set(a, builder), _as_set(b, builder))
     left, right = builder.build(a), builder.build(b)
     if isinstance(left, sp.MatrixBase) or isinstance(right, sp.MatrixBase):
@@ -57,7 +59,7 @@ def _compare(a: Node, b: Node, arena: Arena) -> Outcome:
     return _compare_values(left, right, arena)
 
 
-_SETS = (Relation, Bracketed, SetOf, Listing, Union)
+_SETS = (Relation, Bracketed, SetOf, Listing, Union, Combined)
 
 
 def _is_equation(node: Relation) -> bool:
@@ -137,6 +139,9 @@ def _as_set(node: Node, builder: Builder) -> Any:
             return sp.Interval(*ends, opening == "(", closing == ")")
         case SetOf(items):
             return sp.FiniteSet(*map(builder.build, items))
+        case Combined(operation, left, right):
+            join = sp.Complement if operation == "setminus" else sp.Intersection
+            return join(_as_set(left, builder), _as_set(right, builder))
         case Union(parts) | Listing(parts, False):
             return reduce(sp.Union, [_as_set(part, builder) for part in parts])
     raise NotBuilt(f"{type(node).__name__.lower()} is no set of numbers")
@@ -154,8 +159,11 @@ def _solutions(name: str, left: Any, right: Any) -> Any:
 
 
 def _compare_sets(left: Any, right: Any) -> Outcome:
-    if left == right or left.symmetric_difference(right) == sp.EmptySet:
+    difference = sp.EmptySet if left == right else left.symmetric_difference(right)
+    if difference == sp.EmptySet:
         return Outcome(True, "the same set")
+    if isinstance(difference, sp.FiniteSet) and any(e.is_Rational for e in difference):
+        return Outcome(False, "different sets")
     if left.is_subset(right) is False or right.is_subset(left) is False:
         return Outcome(False, "different sets")
     return Outcome(None, "sets that are not compared")

@@ -8,18 +8,21 @@ when the control socket closes, that is when its owner closes it, exits or dies.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import signal
 import socket
 
-from eapo_fast.rewards.symbolic import work
+gc.disable()  # what is loaded here stays; looking for garbage in it is a tenth of the start
+from eapo_fast.rewards.symbolic import work  # noqa: E402
 
 
 def main() -> None:
     """Serve orders `fork 0` (with the worker's socket attached) and `kill PID`."""
     control = socket.socket(fileno=0)
     work.warm_up()
+    gc.enable()
     wake_reader, wake_writer = os.pipe()
     for end in (wake_reader, wake_writer):
         os.set_blocking(end, False)
