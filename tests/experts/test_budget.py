@@ -112,9 +112,10 @@ def test_caps_hold_with_512_concurrent_consults_of_a_scheduler(hedge: float | No
             ExpertReply("r", usage),
             ExpertReply("r"),
             ExpertReply.failed("down", billed=rng.random() < 0.5, usage=usage),
-            ExpertReply.failed("rate", billed=False),
             ExpertReply.failed("refused"),
         ]
+        if hedge is None:  # fewer calls at once would leave no slot free for hedges
+            kinds.append(ExpertReply.failed("rate", billed=False))
         return rng.choice(kinds)
 
     ledger = _Watched([Budget(consults=2500, tokens=400_000, money=20.0), Budget(3, per="rollout")])
