@@ -55,19 +55,24 @@ class Case:
         return -torch.minimum(ratio * each, ratio.clamp(0.8, 1.28) * each).mean()
 
 
+def computed(logits: Tensor) -> Tensor:
+    """Return a copy that requires a gradient as the output of a model does."""
+    return logits.requires_grad_().clone()
+
+
 def gradient(x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Return loss and gradient in `x`, which may be overwritten."""
-    leaf = x.requires_grad_()
-    value = loss(leaf)
-    (slope,) = torch.autograd.grad(value, leaf)
-    leaf.requires_grad_(False)
+    value = loss(x)
+    (slope,) = torch.autograd.grad(value, x)
     return value.detach(), slope
 
 
 def check(case: Case, name: str, loss: Callable[[Case, Tensor], Tensor], room: float) -> None:
     """Raise unless loss and gradient of a side are right."""
-    want, slope = gradient(case.logits.double(), lambda x: case.ours(x, backend="reference"))
-    got, own = gradient(case.logits.clone(), lambda x: loss(case, x))
+    want, slope = gradient(
+        computed(case.logits.detach().double()), lambda x: case.ours(x, backend="reference")
+    )
+    got, own = gradient(computed(case.logits), lambda x: loss(case, x))
     error = float((own.double() - slope).norm() / slope.norm())
     assert error <= room, f"{name}: gradient off by {error:.1e} of its norm"
     assert abs(float(got - want)) <= room, f"{name}: loss {float(got)} instead of {float(want)}"
@@ -103,16 +108,17 @@ def main() -> None:
     for name, loss in SIDES.items():
         check(small, name, loss, room if name != "eager" else 8 * room)
     case = Case(options.rows, options.vocab, dtype)
-    work, other = case.logits.clone(), torch.empty_like(case.logits)
+    other = torch.empty_like(case.logits)
     times = dict.fromkeys(("copy", *SIDES), float("inf"))
     for turn in range(options.repeats):
-        times["copy"] = min(times["copy"], seconds(lambda: other.copy_(case.logits)))
+        source = case.logits.detach()
+        times["copy"] = min(times["copy"], seconds(lambda source=source: other.copy_(source)))
         for name, loss in SIDES.items():
             if name == "eager" and turn >= 2:
                 continue
-            work.copy_(case.logits)
+            x = computed(case.logits)
             other.view(torch.uint8).sum(dtype=torch.uint8)  # what was written leaves the caches
-            run = lambda loss=loss: gradient(work, lambda x: loss(case, x))  # noqa: E731
+            run = lambda x=x, loss=loss: gradient(x, lambda x: loss(case, x))  # noqa: E731
             times[name] = min(times[name], seconds(run))
     moved = 2 * case.logits.nbytes
     print(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eapo_fast import _core, ops, recipes
+from eapo_fast.kernels.policy_loss.compiled import method_of
 from eapo_fast.recipes import Recipe
 
 SEQUENCE = 1000
@@ -71,6 +72,7 @@ def kernel_only(case: dict[str, Any], recipe: Recipe) -> Callable[[], None]:
     outputs = torch.empty(3, tokens)
     sums = torch.empty(_core.POLICY_SUMS, dtype=torch.float64)
     names = ("logprob", "old_logprob", "advantages", "cu_seqlens")
+    method = method_of(recipe)
 
     def run() -> None:
         _core.policy_loss(
@@ -79,15 +81,7 @@ def kernel_only(case: dict[str, Any], recipe: Recipe) -> Callable[[], None]:
             ref_logprob=case.get("ref_logprob"),
             entropy=case.get("entropy"),
             factor=None,
-            surrogate=recipe.surrogate,
-            kl=recipe.kl,
-            aggregation=recipe.aggregation,
-            least=1 - recipe.epsilon,
-            most=1 + recipe.clip_high,
-            delta=float("inf"),
-            beta=recipe.beta,
-            entropy_coef=recipe.entropy_coef,
-            max_length=1.0,
+            method=method,
             num_tokens=-1.0,
             num_sequences=-1.0,
             a=outputs[0],
