@@ -59,10 +59,12 @@ def _advantages(  # type: ignore[no-untyped-def]
         weight = tl.where(tl.sum(weight, 0) > 0.0, weight, tl.where(live, 1.0, 0.0))
         advantage = excess - tl.sum(weight * excess, 0) / tl.sum(weight, 0)
     advantage = tl.where(count == 1.0, reward, advantage)
+    divided = advantage
     if DIVISOR == 1:
-        advantage = advantage / (_deviation(distance, live, count, ddof) + eps)
+        divided = advantage / (_deviation(distance, live, count, ddof) + eps)
     if DIVISOR == 2:
-        advantage = advantage / (tl.load(divisors) + eps)
+        divided = advantage / (tl.load(divisors) + eps)
+    advantage = tl.where(advantage == 0.0, 0.0, divided)  # also where the deviation and eps are 0
     tl.store(out + rollout, advantage.to(tl.float32), mask=live)
 
 

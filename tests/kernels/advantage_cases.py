@@ -26,3 +26,8 @@ def cases() -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
             rewards[~valid] = torch.nan
         options = {"center": center, "scale": scale, "lengths": lengths, "valid": valid}
         yield rewards, groups, {**options, "eps": 1e-6, "ddof": ddof}
+    for center, scale in product(CENTERS, SCALES):  # a deviation of 0 and no eps beside it
+        if center == "none" and scale != "none":
+            continue  # infinite
+        options = {"center": center, "scale": scale, "lengths": torch.arange(4), "valid": None}
+        yield torch.full((4,), 0.1), torch.full((4,), 3), {**options, "eps": 0.0, "ddof": 1}
