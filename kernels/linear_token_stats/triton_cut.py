@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from eapo_fast.kernels.linear_token_stats.triton_logits import LOG2E, entries
+from eapo_fast.kernels.linear_token_stats.triton_logits import entries
+from eapo_fast.kernels.triton_functions import LOG2E
 
 WAYS = tl.constexpr(8)
 """Parts that a bracket is cut into by one read of the row."""

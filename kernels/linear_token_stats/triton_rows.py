@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from eapo_fast.kernels.linear_token_stats.triton_cut import kept_of, truncate
-from eapo_fast.kernels.linear_token_stats.triton_logits import LOG2E, scaled
+from eapo_fast.kernels.linear_token_stats.triton_logits import scaled
 from eapo_fast.kernels.policy_loss.triton_program import ratio_terms, token_terms
+from eapo_fast.kernels.triton_functions import LOG2E
 
 STATE = 9
 """Numbers that are kept of a row: max, mass, moment, sums of the weights squared and cubed; and of

@@ -15,25 +15,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from eapo_fast.kernels.triton_functions import LOG2E, tanh
+
 LENGTHS = ["segments", "num_spans", "table_stride", "window", "slots", "threshold"]
 """Arguments that change from call to call: no kernel is compiled for their values."""
 
 FAR = tl.constexpr(1 << 30)
-_LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
-    """Hyperbolic tangent to 1e-7: an odd polynomial near 0, where the other form cancels."""
-    size = tl.abs(x)
-    square = x * x
-    series = -0.00611316 * square + 0.02101005
-    series = series * square - 0.05385406
-    series = series * square + 0.13332794
-    series = series * square - 0.33333329
-    near = x + x * square * series
-    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * _LOG2E)) + 1.0)
-    return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -60,7 +47,7 @@ def fold(m, norm, acc, next_m, next_norm, next_acc):  # type: ignore[no-untyped-
 def finish(m, norm, acc, sink, SINKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Divide by the sum, the head's sink included; 0 where there was no key."""
     if SINKS:
-        sink = sink * _LOG2E
+        sink = sink * LOG2E
         top = tl.maximum(m, sink)
         safe = tl.where(top == float("-inf"), 0.0, top)
         old = tl.exp2(m - safe)
@@ -109,7 +96,7 @@ def scan(  # type: ignore[no-untyped-def]
         )
         scores = _dot(q, keys, tl.zeros([q.shape[0], BLOCK_N], tl.float32), WIDEN) * pre
         if SOFTCAP:
-            scores = _tanh(scores) * post
+            scores = tanh(scores) * post
         seen = live[None, :] & (key[None, :] <= position[:, None])
         if WINDOW:
             seen = seen & (key[None, :] > position[:, None] - window)
