@@ -13,7 +13,8 @@ from check_linear_loss import CU, batch_of, compare, head, loss, on
 from eapo_fast import ops, recipes
 from eapo_fast.kernels.linear_policy_loss import operator, triton_plan, triton_slabs
 from eapo_fast.kernels.linear_token_stats import operator as stats_operator
-from eapo_fast.kernels.linear_token_stats.triton_kernel import Span, TritonHead
+from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
+from eapo_fast.kernels.linear_token_stats.triton_row_pass import Span
 from eapo_fast.recipes import Recipe
 
 BATCH_GLOBAL = ["clip_cov", "kl_cov", "steer", "lp_reg", "epo"]
