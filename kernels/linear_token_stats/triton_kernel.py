@@ -58,10 +58,20 @@ class TritonHead(RowPass):
         self.of_bias = None if bias is None else _zeros(wanted[2], bias)
         self._slab: Tensor | None = None
 
+    @property
+    def known(self) -> int:
+        """How many rows there are at most in the list, as far as the host knows."""
+        return len(self.targets)
+
+    @property
+    def moving(self) -> int:
+        """How many of them, at its front, may have a gradient."""
+        return self.known
+
     def slab_rows(self, *, keep: bool) -> int:
         """Return how many rows of logits are made at once."""
         most = max(1, self.slab_bytes() // (4 * self.vocab))
-        return min(self.chunk_size or most, max(1, len(self.targets)))
+        return min(self.chunk_size or most, max(1, self.known))
 
     def slab_bytes(self) -> int:
         """Return how much memory a slab may take."""

@@ -217,7 +217,7 @@ def run_rows(  # type: ignore[no-untyped-def]
             last = tl.load(own + 8).to(tl.int32)
             log_kept = tl.log(tl.where(kept > 0.0, kept, 1.0))
             level = log_kept - tl.load(own + 6) / tl.where(kept > 0.0, kept, 1.0)
-        for start in range(0, vocab, BLOCK):
+        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
             column = start + lane
             there = column < vocab
             x = tl.load(row + column, mask=there, other=0.0).to(tl.float32)
