@@ -1,10 +1,12 @@
 """The order of work on a GPU.
 
-Masked-in rows are a list on the device, whose length the host need not know. A token-local recipe takes it slab by slab: logits, one
-launch from statistics to logit gradients, products over the rows that have one. Recipes that look
-at sequences take slabs of whole sequences, cut on the device; those that look at the batch do so
-too where its statistics are given. Else one slab holds the batch, or all rows are read first.
-Statistics of a batch are plain torch, over all rows with the masked-in ones in front.
+Masked-in rows are a list on the device, whose length the host need not know. A token-local recipe
+takes it slab by slab: logits, one launch from statistics to logit gradients, products over the rows
+that have one. Recipes that look at sequences take slabs of whole sequences; those that look at the
+batch do so too where its statistics are given. Else one slab holds the batch, or all rows are read
+first. Statistics of a batch are plain torch, over all rows with the masked-in ones in front.
+
+Rows that are known to have no gradient before anything is computed (`LibraryHead`) are read last.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ def choose_plan(
 ) -> str:
     """Return "read" (no gradients), "rows", "sequences", "whole", "prepass" or "scale".
 
-    `fits`: whether a slab can hold all rows. Raises `ValueError` for a plan that cannot give these gradients.
+    `fits`: whether a slab can hold all rows. Raises `ValueError` for a plan that cannot give these
+    gradients.
     """
     if not any(wanted):
         return "read"

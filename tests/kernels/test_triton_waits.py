@@ -21,8 +21,8 @@ import triton_aot
 from eapo_fast import ops, recipes
 from eapo_fast.kernels.linear_policy_loss import operator, triton_slabs
 from eapo_fast.kernels.linear_token_stats import operator as stats_operator
-from eapo_fast.kernels.linear_token_stats import triton_row_pass as row_pass
 from eapo_fast.kernels.linear_token_stats import triton_products as products
+from eapo_fast.kernels.linear_token_stats import triton_row_pass as row_pass
 from eapo_fast.kernels.policy_loss import operator as losses
 from eapo_fast.kernels.policy_loss import triton_kernel as policy
 
