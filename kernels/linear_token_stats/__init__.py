@@ -43,8 +43,20 @@ EXTRAS = ("max_logprob", "p_max", "sum_p2", "sum_p3", "kept_mass", "truncated_en
 probability and renormalised entropy of the tokens that top_p, top_k and min_p keep."""
 REFUSALS: dict[str, Refusal] = {"cpu": cpu_refusal}
 """The backends of an LM head, and why one cannot run on given hidden states."""
-ON_REQUEST: dict[str, Refusal] = {"triton": lambda x: triton_refusal(x, GPU_STORAGE)}
+ON_REQUEST: dict[str, Refusal] = {
+    "triton": lambda x: triton_refusal(x, GPU_STORAGE),
+    "cuda": lambda x: _library_refusal(x),
+}
 """Those that run when they are named."""
+
+
+def _library_refusal(hidden: Tensor) -> str | None:
+    reason = triton_refusal(hidden, ())
+    if reason is not None:
+        return reason
+    from eapo_fast.kernels.linear_token_stats.library_head import library_refusal
+
+    return library_refusal(hidden)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -33,6 +33,13 @@ def test_interpreted(check: str) -> None:
     run_checks(check, "triton", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["linear_loss", "linear_plans"])
+def test_products_of_the_library(check: str) -> None:
+    """Rows in Triton, products by torch; on a CPU those are the CPU's."""
+    run_checks(check, "cuda", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("check", CHECKS)

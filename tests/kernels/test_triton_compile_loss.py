@@ -21,6 +21,7 @@ from eapo_fast import ops, recipes
 from eapo_fast.kernels.linear_policy_loss import triton_plan, triton_slabs
 from eapo_fast.kernels.linear_token_stats import triton_kernel as heads
 from eapo_fast.kernels.linear_token_stats import triton_products as products
+from eapo_fast.kernels.linear_token_stats import triton_row_pass as row_pass
 from eapo_fast.kernels.policy_loss import triton_kernel as losses
 
 pytestmark = [
@@ -53,7 +54,7 @@ def launches_of(
         ref_logprob=torch.zeros(rows) if recipe.beta else None,
     )
     wanted = (True, True, False)
-    with recorded(heads, products, losses, triton_slabs) as launches:
+    with recorded(row_pass, products, losses, triton_slabs) as launches:
         assert batch.mask is not None
         head = heads.TritonHead(
             torch.zeros(rows, 64, dtype=dtype), torch.zeros(vocab, 64, dtype=dtype),
@@ -64,7 +65,7 @@ def launches_of(
             live=products.listed(batch.mask),
         )  # fmt: skip
         head.logprob, head.entropy = torch.zeros(rows), torch.zeros(rows)
-        head.truncation = None if target is None else heads.Cut(target.top_p, target.top_k)
+        head.truncation = None if target is None else row_pass.Cut(target.top_p, target.top_k)
         triton_plan.run(head, batch, recipe, plan, wanted)
     return launches
 
