@@ -39,7 +39,7 @@ struct RowProgram {
 void run_rows(py::handle z_, py::handle out_, py::handle rows_, py::handle span,
               py::handle targets_, double temperature, py::handle state_, py::handle logprob,
               py::handle entropy, py::handle a, py::handle b, py::handle losses,
-              const std::optional<RowProgram>& program, int64_t size, bool by_place, bool zeros,
+              const std::optional<RowProgram>& program, int64_t size, bool given, bool zeros,
               int cluster, Device device) {
   const TensorView z(z_, "z", device), rows(rows_, "rows", device),
       targets(targets_, "targets", device);
@@ -49,7 +49,7 @@ void run_rows(py::handle z_, py::handle out_, py::handle rows_, py::handle span,
   const int64_t tokens = targets.size(0), vocab = z.size(1);
   require(vocab > 0 && vocab < int64_t{1} << 30, "z: a row has ", vocab, " entries");
   require(size >= 0 && size <= rows.size(0), "size: got ", size, ", rows has ", rows.size(0));
-  require(z.size(0) >= (by_place ? size : tokens), "z: has ", z.size(0), " rows, too few");
+  require(z.size(0) >= (given ? tokens : size), "z: has ", z.size(0), " rows, too few");
   require(cluster == 0 || cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8,
           "cluster: got ", cluster, ", want 1, 2, 4 or 8, or 0 for the best");
   RunRowsArgs args{};
@@ -58,7 +58,7 @@ void run_rows(py::handle z_, py::handle out_, py::handle rows_, py::handle span,
   args.z_stride = z.stride(0);
   args.vocab = static_cast<int32_t>(vocab);
   args.size = size;
-  args.by_place = by_place;
+  args.given = given;
   args.rows = values_of<int64_t>(rows, {rows.size(0)});
   args.span = values_of<int64_t>({span, "span", device}, {2});
   args.targets = values_of<int64_t>(targets, {tokens});
@@ -84,7 +84,7 @@ void run_rows(py::handle z_, py::handle out_, py::handle rows_, py::handle span,
   if (args.gradient) {
     const TensorView out(out_, "out", device);
     out.expect_shape({kAny, vocab}).expect_packed_columns();
-    require(out.size(0) >= (by_place ? size : tokens), "out: has ", out.size(0), " rows, too few");
+    require(out.size(0) >= (given ? tokens : size), "out: has ", out.size(0), " rows, too few");
     args.out_type = storage_of(out);
     args.out = out.data();
     args.out_stride = out.stride(0);
@@ -111,15 +111,15 @@ void bind_cuda_rows(py::module_& m, Device device) {
       [device](py::handle z, py::handle out, py::handle rows, py::handle span, py::handle targets,
                double temperature, py::handle state, py::handle logprob, py::handle entropy,
                py::handle a, py::handle b, py::handle losses,
-               const std::optional<RowProgram>& program, int64_t size, bool by_place, bool zeros,
+               const std::optional<RowProgram>& program, int64_t size, bool given, bool zeros,
                int cluster) {
         run_rows(z, out, rows, span, targets, temperature, state, logprob, entropy, a, b, losses,
-                 program, size, by_place, zeros, cluster, device);
+                 program, size, given, zeros, cluster, device);
       },
       py::arg("z"), py::kw_only(), py::arg("out"), py::arg("rows"), py::arg("span"),
       py::arg("targets"), py::arg("temperature"), py::arg("state"), py::arg("logprob"),
       py::arg("entropy"), py::arg("a"), py::arg("b"), py::arg("losses"), py::arg("program"),
-      py::arg("size"), py::arg("by_place"), py::arg("zeros"), py::arg("cluster"));
+      py::arg("size"), py::arg("given"), py::arg("zeros"), py::arg("cluster"));
   m.def("longest_row", &cuda::longest_row, py::arg("device"));
 }
 

@@ -17,7 +17,7 @@ struct RunRowsArgs {
   int64_t out_stride;
   int32_t vocab;
   int64_t size;          // rows of the span at most
-  bool by_place;         // whether row i of z and out is the i-th of the span; else it is row i
+  bool given;            // whether z and out have a row for each of N, not for each of the span
   const int64_t* rows;   // list of rows
   const int64_t* span;   // [2] where in the list the rows start and stop
   const int64_t* targets;  // [N]; one outside the vocabulary makes its row's results NaN

@@ -5,11 +5,14 @@ It lies in the shared memory of up to eight blocks in between; see `kernel.cu`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from eapo_fast.kernels.native import GPU_STORAGE, cuda_refusal
+
+if TYPE_CHECKING:
+    from eapo_fast.kernels.linear_token_stats.triton_row_pass import RowPass, Span
 
 
 def refusal(z: Tensor) -> str | None:
@@ -44,7 +47,7 @@ def run_rows(
     out: Tensor | None = None,
     program: dict[str, Any] | None = None,
     temperature: float = 1.0,
-    by_place: bool = False,
+    given: bool = False,
     zeros: bool = False,
     cluster: int = 0,
 ) -> None:
@@ -64,7 +67,7 @@ def run_rows(
         out: [rows, V] of z's dtype, or bfloat16 for float32 logits. May be z itself, or lie over
             it if every row starts where its logits do.
         program: as `triton_plan.program_of` makes it: a and b come from the recipe.
-        by_place: whether row i of z and out is the i-th of the span; else it is row i.
+        given: whether z and out have a row for each of N; else one for each row of the span.
         zeros: whether rows whose a and b are 0 get a gradient of 0; else they keep what they hold.
         cluster: blocks of a row; 0: as few as leave room for others beside them.
 
@@ -87,26 +90,70 @@ def run_rows(
         losses=losses,
         program=None if program is None else _program(program),
         size=size,
-        by_place=by_place,
+        given=given,
         zeros=zeros,
         cluster=cluster,
     )
 
 
-def _program(given: dict[str, Any]) -> Any:
+def pass_refusal(own: RowPass, logits: Tensor) -> str | None:
+    """Return why `launch` cannot take the place of `own.launch` for such logits, or None."""
+    wanted = {
+        "bias": own.bias,
+        "softcap": own.softcap,
+        "banned tokens": own.bans,
+        "cut": own.truncation,
+    }
+    unknown = [name for name, value in wanted.items() if value is not None]
+    return f"it knows no {unknown[0]}" if unknown else refusal(logits)
+
+
+def launch(
+    own: RowPass,
+    logits: Tensor,
+    out: Tensor,
+    span: Span,
+    *,
+    program: dict[str, Any] | None = None,
+    gradient: bool,
+    zeros: bool = False,
+    given: bool = False,
+) -> None:
+    """Do what `own.launch` does with and without `statistics`, which are made in either case."""
+    run_rows(
+        logits,
+        own.rows,
+        span.edges,
+        own.targets,
+        size=span.size,
+        logprob=own.logprob,
+        entropy=own.entropy,
+        a=own.a,
+        b=own.b,
+        losses=own.losses,
+        state=own.state,
+        out=out if gradient else None,
+        program=program,
+        temperature=own.temperature,
+        given=given,
+        zeros=zeros,
+    )
+
+
+def _program(values: dict[str, Any]) -> Any:
     from eapo_fast import _cuda
 
     return _cuda.RowProgram(
-        weights=given["weights"],
-        old_logprob=given["old_logprob"],
-        advantages=given["advantages"],
-        factor=given.get("factor"),
-        ref_logprob=given.get("ref_logprob"),
-        surrogate=int(given["SURROGATE"]),
-        kl=int(given["KL"]),
-        least=given["least"],
-        most=given["most"],
-        delta=given["delta"],
-        beta=given["beta"],
-        entropy_coef=given["entropy_coef"],
+        weights=values["weights"],
+        old_logprob=values["old_logprob"],
+        advantages=values["advantages"],
+        factor=values.get("factor"),
+        ref_logprob=values.get("ref_logprob"),
+        surrogate=int(values["SURROGATE"]),
+        kl=int(values["KL"]),
+        least=values["least"],
+        most=values["most"],
+        delta=values["delta"],
+        beta=values["beta"],
+        entropy_coef=values["entropy_coef"],
     )

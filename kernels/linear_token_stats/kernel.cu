@@ -153,7 +153,7 @@ __device__ Row<T> row_of(const RunRowsArgs& args, int64_t place, int64_t start, 
   if (start + place >= stop) return {};
   const int64_t source = args.rows[start + place];
   const T* z =
-      static_cast<const T*>(args.z) + (args.by_place ? place : source) * args.z_stride;
+      static_cast<const T*>(args.z) + (args.given ? source : place) * args.z_stride;
   return {true, source, place, z};
 }
 
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const Bend bend(args, sums, found, scale);
     const bool flat = found.a == 0.0f && found.b == 0.0f;
     Out* const out = static_cast<Out*>(args.out) +
-                     (args.by_place ? row.place : row.source) * args.out_stride;
+                     (args.given ? row.source : row.place) * args.out_stride;
     if (!args.gradient || (flat && !args.zeros)) {
       stream(part, nowhere, next, zero);
     } else if (flat) {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eapo_fast import ops, recipes
 from eapo_fast.kernels.linear_token_stats import cuda_rows
+from eapo_fast.kernels.linear_token_stats.triton_row_pass import RowPass
 from eapo_fast.kernels.policy_loss.triton_kernel import bounds_of, constants_of
 from eapo_fast.recipes import Recipe
 
@@ -89,7 +90,7 @@ def launch(
         program = {k: v.to(device) for k, v in vectors.items() if v is not None}
         program |= {"least": least, "most": most, "delta": delta, "beta": recipe.beta,
                     "entropy_coef": recipe.entropy_coef, **constants_of(recipe)}  # fmt: skip
-    how = {"size": len(listed), "zeros": True, **how}
+    how = {"size": len(listed), "zeros": True, "given": True, **how}
     cuda_rows.run_rows(z, listed, edges, targets.to(device), program=program, **found, **how)
     return {name: value.cpu() for name, value in found.items()}
 
@@ -260,6 +261,33 @@ def test_coefficients_may_be_given_and_gradients_left_out(device: torch.device) 
     close_gradients(z.cpu(), slope, made, want, LISTED, 1.0)
 
 
+def test_a_pass_over_a_slab(device: torch.device) -> None:
+    """The launch of a head: float32 logits in padded rows, bfloat16 slopes over them."""
+    logits, targets = case(1000, torch.float32, rows=9)
+    own = given(logits, targets)
+    want, slope = wanted(logits, targets, own, EAPO, 0.9)
+    live = torch.tensor([7, 1, 8, 2, 5, 0, 3, 6, 4], device=device), torch.tensor([7]).to(device)
+    rows = RowPass(targets.to(device), vocab_size=1000, temperature=0.9, live=live)
+    slab = torch.full((4, 1008), POISON, device=device)
+    span = rows.span(4, 8)  # of which three are in the list
+    listed = [5, 0, 3]
+    slab[:3, :1000] = logits[listed].to(device)
+    z, out = slab[:, :1000], slab.view(torch.bfloat16)[:, :1000]
+    assert cuda_rows.pass_refusal(rows, z) is None
+    cuda_rows.launch(rows, z, out, span, gradient=False)
+    rows.take(want["a"].to(device), want["b"].to(device), None)
+    cuda_rows.launch(rows, z, out, span, gradient=True, zeros=True)
+    for name in ("logprob", "entropy"):
+        value = getattr(rows, name).cpu()
+        torch.testing.assert_close(value[listed].double(), want[name][listed], rtol=0, atol=2e-5)
+        assert not value[[7, 1, 8, 2, 6, 4]].any()
+    by_row = torch.zeros(9, 1000, dtype=torch.bfloat16)
+    by_row[listed] = out[:3].cpu()
+    close_gradients(by_row, slope, want, want, listed, 0.9)
+    rows.softcap = 5.0
+    assert cuda_rows.pass_refusal(rows, z) == "it knows no softcap"
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("vocab", [8, 4097])
 def test_rows_without_a_distribution(vocab: int, bad: float, device: torch.device) -> None:
@@ -321,7 +349,7 @@ def test_spans(span: list[int], device: torch.device) -> None:
     rows = listed[span[0] : span[1]]
     z = torch.full((9, 600), POISON, dtype=torch.bfloat16, device=device)
     z[: len(rows)] = logits[rows].to(device)
-    got = launch(z, targets, own, EAPO, out=z, listed=listed, span=span, by_place=True)
+    got = launch(z, targets, own, EAPO, out=z, listed=listed, span=span, given=False)
     check(got, want, rows, logits, 1.0)
     by_row = torch.zeros(9, 600, dtype=torch.bfloat16)
     by_row[rows] = z[: len(rows)].cpu()
@@ -361,3 +389,21 @@ def test_refusals(device: torch.device) -> None:
         launch(z, targets, own, EAPO, out=z[:2])
     with pytest.raises(ValueError, match="size"):
         launch(z, targets, own, EAPO, out=z, size=9)
+
+
+def test_a_device_without_clusters(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type != "cpu":
+        pytest.skip("only the emulator can pretend to be another device")
+    monkeypatch.setenv("EAPO_EMULATOR_ARCH", "80")
+    reason = cuda_rows.refusal(torch.empty(1, 50_000))
+    assert reason is not None
+    assert "200000 bytes" in reason
+    logits, targets = case(40_000, torch.float32)
+    own = given(logits, targets)
+    want, slope = wanted(logits, targets, own, EAPO, 1.0)
+    with pytest.raises(RuntimeError, match="no clusters"):
+        launch(logits.clone(), targets, own, EAPO, cluster=2)
+    z = logits.clone()
+    got = launch(z, targets, own, EAPO, out=z)
+    check(got, want, LISTED, logits, 1.0)
+    close_gradients(z, slope, got, want, LISTED, 1.0)
