@@ -115,11 +115,14 @@ def launch(
     span: Span,
     *,
     program: dict[str, Any] | None = None,
+    statistics: bool,
     gradient: bool,
+    powers: bool = False,
     zeros: bool = False,
     given: bool = False,
 ) -> None:
-    """Do what `own.launch` does with and without `statistics`, which are made in either case."""
+    """Do what `own.launch` does, but for powers; statistics are made anew where they are there."""
+    assert not powers
     run_rows(
         logits,
         own.rows,

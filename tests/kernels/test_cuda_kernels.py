@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpu_runs import run_checks
 
-CHECKS = ["kv_write", "paged_attention", "rows", "sample"]
+CHECKS = ["kv_write", "paged_attention", "cuda_rows", "sample"]
 
 
 @pytest.mark.slow
