@@ -47,6 +47,38 @@ def test_a_stage_that_goes_wrong_stops_no_other(
     assert [r["name"] for r in by_name["wrong"].records] == ["before", "two and two", "after"]
 
 
+def test_boxes_stretch(fakes: dict[str, str], make_request: Callable[..., Any]) -> None:
+    """With the scale of the run; an elastic stage has what others left, up to the run's end."""
+    from gpu_check.runner import Stage, run_stage
+
+    (box,) = (make_request("hang", seconds=60.0),)
+    late = time.time() + 6.0
+    cases = (
+        (Stage("hang", "fake_stages", 1, 1), 3.0, late, 3.0),
+        (Stage("hang", "fake_stages", 1, 1, elastic=True), 1.0, late, 6.0),
+    )
+    for stage, scale, until, seconds in cases:
+        outcome = run_stage(stage, box, fakes, scale=scale, until=until)
+        assert outcome.status == "timed out"
+        assert seconds - 4 < outcome.seconds < seconds + 2
+    done = run_stage(cases[1][0], make_request("hang", seconds=1.5), fakes, until=late + 60)
+    assert done.seconds < 4
+
+
+def test_a_stage_that_cannot_be_started_stops_no_other(
+    fakes: dict[str, str], make_request: Callable[..., Any], tmp_path: Path
+) -> None:
+    from gpu_check.runner import Stage, run_side_by_side
+
+    gone = make_request("fine", results=str(tmp_path / "no" / "folder.jsonl"))
+    pairs = [
+        (Stage("fine", "fake_stages", 1, 60), request) for request in (gone, make_request("fine"))
+    ]
+    outcomes = run_side_by_side(pairs, fakes, at_once=2)
+    assert [o.status for o in outcomes] == ["crashed", "passed"]
+    assert "FileNotFoundError" in outcomes[0].message
+
+
 def test_the_end_of_a_time_box_ends_grandchildren(
     fakes: dict[str, str], make_request: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -184,16 +216,14 @@ def test_commits(tmp_path: Path) -> None:
 
 
 def test_picks_and_boxes() -> None:
-    from gpu_check.__main__ import LIMIT, STAGES, _picked
+    from gpu_check.__main__ import LIMIT, STAGES, _picked, box_end
 
     assert _picked("") == {s.name for s in STAGES}
     assert _picked("cuda, benchmarks") == {"cuda", "bench_loss", "bench_sampler", "bench_step"}
     with pytest.raises(SystemExit, match=r"got smapler; there are bench_loss"):
         _picked("smapler")
-    boxes: dict[int, float] = {}
-    for stage in STAGES:
-        boxes[stage.number] = max(stage.seconds, boxes.get(stage.number, 0))
-    assert sum(boxes.values()) < LIMIT <= 540
+    assert box_end(STAGES[-1].number) < LIMIT <= 540
+    assert box_end(0) == STAGES[0].seconds
 
 
 def test_a_run_without_a_gpu(

@@ -152,7 +152,7 @@ class DecodeGraphs:
         baked = structure(self._model), storage(self._model)
         if baked != self._baked:
             self._captured.clear()
-            self._logits = None
+            self._logits = self._pool = None  # torch takes no pool whose graphs are all gone
             self._baked = baked
 
     def forward(self, plan: Any) -> Tensor | None:
