@@ -35,10 +35,10 @@ class Stage:
     """Modules without which there is nothing to do."""
     group: str = ""
     """Name by which several stages are picked together."""
-    elastic: bool = False
-    """Whether it may also use what the stages before it left of their boxes."""
     options: Mapping[str, str] = field(default_factory=dict)
     """What sets apart stages of one module."""
+    elastic: bool = False
+    """Whether it may also use what the stages before it left of their boxes."""
 
 
 @dataclass(frozen=True)

@@ -200,10 +200,11 @@ def test_report(tmp_path: Path) -> None:
     text = report.table(found)
     for part in ("FAILED  not exact", "<= 155         pass", ">= 0.9         MISS", "needs z"):
         assert part in text
-    assert "1 of 2 checks hold, 1 of 2 bars are reached; not in order: a" in text
+    assert "1 of 2 checks hold, 1 of 2 bars are reached; not in order: a; skipped: b" in text
     assert report.exit_code(found) == 1
     missed = [{**stages[0], "status": "passed"}, stages[1]]
     assert report.exit_code({**found, "stages": missed}) == 0
+    assert report.exit_code({**found, "stages": stages[1:]}) == 1  # nothing was done
 
 
 def test_commits(tmp_path: Path) -> None:
@@ -217,6 +218,7 @@ def test_commits(tmp_path: Path) -> None:
 
 def test_picks_and_boxes() -> None:
     from gpu_check.__main__ import LIMIT, STAGES, _picked, box_end
+    from gpu_check.environment import PACKAGES
 
     assert _picked("") == {s.name for s in STAGES}
     assert _picked("cuda, benchmarks") == {"cuda", "bench_loss", "bench_sampler", "bench_step"}
@@ -224,6 +226,10 @@ def test_picks_and_boxes() -> None:
         _picked("smapler")
     assert box_end(STAGES[-1].number) < LIMIT <= 540
     assert box_end(0) == STAGES[0].seconds
+    checked = [s.options for s in STAGES if s.module == "gpu_check.correctness"]
+    assert [o["backend"] for o in checked] == ["triton"] * 3 + ["cuda"]
+    assert all(isinstance(s.elastic, bool) for s in STAGES)
+    assert {need for s in STAGES for need in s.needs} - {"eapo_fast"} <= set(PACKAGES)
 
 
 def test_a_run_without_a_gpu(
@@ -250,9 +256,10 @@ def test_missing_packages_skip_what_needs_them(
 
     stages = (driver.STAGES[0], driver.Stage("x", "fake_stages", 1, 5, ("no_such_package",)))
     monkeypatch.setattr(driver, "STAGES", stages)
-    assert driver.main(["--device", "cpu", "--small", "--no-build", "--out", str(tmp_path)]) == 0
+    assert driver.main(["--device", "cpu", "--small", "--no-build", "--out", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "gpu_check_cpu.json").read_text())["stages"][1]
-    assert (found["status"], found["message"]) == ("skipped", "needs no_such_package")
+    assert found["status"] == "skipped"
+    assert found["message"] == "needs no_such_package; --wheels FOLDER brings wheels along"
 
 
 def test_build_of_a_project(
