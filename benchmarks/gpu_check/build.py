@@ -92,9 +92,10 @@ def _import(target: Path, with_cuda: bool, recorder: Recorder) -> None:
     code = "import eapo_fast; print(eapo_fast.__file__)"
     if with_cuda:
         code += "; import eapo_fast._cuda"
+    paths = [str(target), os.environ.get("PYTHONPATH")]
     done = subprocess.run(
         [*_INTERPRETER, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(target)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         cwd=target,
         capture_output=True,
         text=True,

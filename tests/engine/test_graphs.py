@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -251,6 +253,30 @@ def test_a_model_that_cannot_be_captured_runs_eagerly(recorded: Any) -> None:
     assert len(w) == 1
     assert torch.equal(graphs.forward(decode_plan(4)), expected)
     assert recorder.records == 1
+
+
+def test_one_capture_at_a_time(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two samplers in two threads; torch has one capture a process."""
+    inside, most = [0], [0]
+
+    def record(run: Callable[[], torch.Tensor]) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.1)
+        inside[0] -= 1
+        return Recorder()(run)
+
+    def forward(_: int) -> None:
+        graphs = DecodeGraphs(make_model(), PagedCache(8, 4), windows={}, capture=True)
+        monkeypatch.setattr(graphs, "_record", record)
+        graphs.refresh()
+        graphs.forward(decode_plan(4))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(forward, range(3)))
+    assert most == [1]
 
 
 class FakePools:

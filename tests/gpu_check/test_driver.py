@@ -306,10 +306,11 @@ def test_architectures() -> None:
 
 
 def test_covered_time() -> None:
-    from gpu_check.bench_step import covered
+    from gpu_check.trace import covered
 
-    assert covered([]) == 0
-    assert covered([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 5.0
+    assert covered([]) == (0, [0.0] * 5)
+    spans = [(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]
+    assert covered(spans) == (5.0, [2.0, 0.0, 0.0, 0.0, 0.0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a shell script stands for the program")
