@@ -48,7 +48,7 @@ compare: setup
 
 # Needs no network and installs nothing outside a scratch folder.
 gpu-check:
-	PYTHONPATH=benchmarks $(PYTHON) -m gpu_check $(COMMIT:%=--commit %) $(ARGS)
+	PYTHONPATH=benchmarks$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m gpu_check $(COMMIT:%=--commit %) $(ARGS)
 
 test: setup-test test-cpp test-python
 

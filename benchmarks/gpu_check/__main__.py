@@ -20,7 +20,7 @@ from typing import Any
 
 from gpu_check import report
 from gpu_check.build import site_of
-from gpu_check.environment import commit_of
+from gpu_check.environment import PACKAGES, commit_of
 from gpu_check.records import Request
 from gpu_check.runner import Outcome, Stage, end_all, run_side_by_side
 
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = Path(__file__).resolve().parents[1]
 
 _MODEL = ("torch", "transformers", "eapo_fast")
+_TRAINER = (*_MODEL, "safetensors", "jinja2", "sympy", "flint", "rich", "matplotlib")
+"""What the trainer imports on its way; rewards need the two for algebra."""
 STAGES = (
     Stage("environment", "gpu_check.environment", 0, 25),
     Stage("build", "gpu_check.build", 1, 110, ("torch", "scikit_build_core", "pybind11")),
@@ -39,7 +41,7 @@ STAGES = (
             95,
             ("triton", "eapo_fast"),
             "correctness",
-            {"backend": "triton", "dtype": dtype},
+            options={"backend": "triton", "dtype": dtype},
         )
         for dtype in ("float32", "bfloat16", "float16")
     ),
@@ -50,20 +52,23 @@ STAGES = (
         95,
         ("torch", "eapo_fast"),
         "correctness",
-        {"backend": "cuda"},
+        options={"backend": "cuda"},
     ),
     Stage("tests", "gpu_check.suites", 2, 95, ("pytest", "eapo_fast"), "correctness"),
     Stage("sanitizer", "gpu_check.sanitizer", 2, 95, ("torch", "eapo_fast"), "correctness"),
-    Stage("sampler", "gpu_check.sampler", 3, 70, _MODEL),
-    Stage("training", "gpu_check.training", 3, 70, _MODEL),
-    Stage("bench_loss", "gpu_check.bench_loss", 5, 75, ("torch", "eapo_fast"), "benchmarks"),
-    Stage("bench_sampler", "gpu_check.bench_sampler", 6, 90, _MODEL, "benchmarks"),
-    Stage("bench_step", "gpu_check.bench_step", 7, 65, _MODEL, "benchmarks"),
-)
+    Stage("sampler", "gpu_check.sampler", 3, 70, _MODEL, elastic=True),
+    Stage("training", "gpu_check.training", 3, 70, _TRAINER, elastic=True),
+    Stage(
+        "bench_loss", "gpu_check.bench_loss", 5, 75, ("torch", "eapo_fast"), "benchmarks",
+        elastic=True,
+    ),
+    Stage("bench_sampler", "gpu_check.bench_sampler", 6, 90, _MODEL, "benchmarks", elastic=True),
+    Stage("bench_step", "gpu_check.bench_step", 7, 65, _MODEL, "benchmarks", elastic=True),
+)  # fmt: skip
 """Their boxes (the longest of each number) add up to 8 minutes 50 seconds."""
 
 LIMIT = 9 * 60.0
-"""Seconds of a whole run."""
+"""Seconds of a whole run; `--seconds` stretches or shrinks all boxes alike."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,17 +121,25 @@ class _Run:
         for stage in stages:
             missing = self._missing(stage)
             if missing:
-                outcomes.append(Outcome(stage.name, "skipped", 0.0, [], f"needs {missing}"))
+                reason = f"needs {missing}"
+                outcomes.append(Outcome(stage.name, "skipped", 0.0, [], reason))
             else:
                 due.append((stage, self._request(stage)))
         at_once = 1 if self.device == "cpu" else len(due)
-        outcomes += run_side_by_side(due, self._variables(), at_once=at_once)
+        scale = self._options.seconds / LIMIT
+        until = self._start + scale * box_end(stages[0].number)
+        outcomes += run_side_by_side(
+            due, self._variables(), at_once=at_once, scale=scale, until=until
+        )
         for outcome in outcomes:
             self.report["stages"].append(outcome.to_dict())
             print(f"{outcome.stage}: {outcome.status} in {outcome.seconds:.1f} s", flush=True)
         self._learn(outcomes)
         self.report["seconds"] = round(time.time() - self._start, 1)
-        report.write(self.path, self.report)
+        try:
+            report.write(self.path, self.report)
+        except OSError as error:
+            print(f"{self.path} cannot be written: {error}", flush=True)
 
     def clean(self) -> None:
         """Remove the scratch folder."""
@@ -154,9 +167,12 @@ class _Run:
             return ""
         modules = self._environment.get("modules", {})
         absent = [m for m in stage.needs if m != "eapo_fast" and not modules.get(m)]
+        if absent:
+            packages = ", ".join(PACKAGES.get(m, m) for m in absent)
+            return f"{packages}; --wheels FOLDER brings wheels along"
         if "eapo_fast" in stage.needs and not self._importable():
-            absent.append("eapo_fast (it was not built)")
-        return ", ".join(absent)
+            return "eapo_fast (it was not built)"
+        return ""
 
     def _importable(self) -> bool:
         if site_of(self._work) is not None:
@@ -176,6 +192,8 @@ class _Run:
         variables = {"PYTHONPATH": os.pathsep.join(str(f) for f in folders if f)}
         variables |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        if self._wheels:
+            variables["PATH"] = f"{self._wheels / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
         if self.device == "cpu":
             variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         return variables
@@ -188,6 +206,14 @@ class _Run:
                 self._environment = {k: v for k, v in found.items() if k not in ("kind", "name")}
                 self.report["environment"] = self._environment
                 self.device = self.device or ("cuda" if self._environment.get("gpu") else "")
+
+
+def box_end(number: int) -> float:
+    """Return when stages of a number end at the latest, in seconds since the run began."""
+    boxes: dict[int, float] = {}
+    for stage in STAGES:
+        boxes[stage.number] = max(stage.seconds, boxes.get(stage.number, 0.0))
+    return sum(seconds for n, seconds in boxes.items() if n <= number)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -8,6 +8,7 @@ judges the median decode-only step: forward, draw, and the tokens' way back to t
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from dataclasses import dataclass
@@ -242,9 +243,14 @@ def _generate_batch(case: Case, own: float | None, request: Request, recorder: R
     config.num_return_sequences, config.eos_token_id = SAMPLES, -1
     prompts = _prompts(case, model.config.vocab_size, request.seed)
     blocks = case.rows * (-(-(case.prompt + new) // page) + 1)
-    batching = ContinuousBatchingConfig(
-        page_size=page, num_blocks=blocks, max_batch_tokens=2048, max_requests_per_batch=case.rows
-    )
+    known = inspect.signature(ContinuousBatchingConfig).parameters
+    settings = {
+        "page_size" if "page_size" in known else "block_size": page,  # its name before 5.18
+        "num_blocks": blocks,
+        "max_batch_tokens": 2048,
+        "max_requests_per_batch": case.rows,
+    }
+    batching = ContinuousBatchingConfig(**{k: v for k, v in settings.items() if k in known})
 
     def sample() -> float:
         start = time.perf_counter()

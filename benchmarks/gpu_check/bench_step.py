@@ -2,8 +2,10 @@
 
 The model has random weights and a bias on one token, which spells a whole consult block, so that a
 known share of the rollouts consult somewhere; each reply takes 2 seconds. After a step that
-compiles and captures, one is timed by phase, and one is traced: the GPU is idle where no kernel and
-no copy runs. NVML's own utilisation, sampled during the timed step, stands beside it.
+compiles and captures, one is timed by phase, and one is traced (`gpu_check.trace`). A trace slows a
+step down, but not its kernels: the idle share is the traced step's kernel time over the time of the
+timed step. NVML's own utilisation, sampled during the timed step, stands beside it. What a step
+showed is written down when it ends.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gpu_check import shapes
+from gpu_check import shapes, trace
 from gpu_check.records import Bar, Recorder, Request
 
 IDLE = 0.1
@@ -27,6 +29,8 @@ IDLE = 0.1
 ASKING = 0.25
 """Share of the rollouts that consult."""
 _STEPS = ("warm-up", "timed", "traced")
+_TRACE_TAKES = 2.0, 12.0
+"""Time that a traced step may take: this many timed ones, and seconds on top."""
 
 
 @dataclass(frozen=True)
@@ -48,27 +52,15 @@ SMALL = Plan("tiny", 16, 12, 24, 0.05)
 def run(request: Request, recorder: Recorder) -> None:
     """Train three steps and write down their phases and the GPU's idle share."""
     plan = SMALL if request.small else FULL
-    watch = _Watch(request.device)
-    trainer = _trainer(plan, watch, request)
     start = time.perf_counter()
+    watch = _Watch(request, recorder)
+    trainer = _trainer(plan, watch, request)
+    recorder.figure("model and trainer made in", time.perf_counter() - start, "s")
     trainer.train()
-    recorder.figure("three steps, with compilation", time.perf_counter() - start, "s")
     rows = [row for row in trainer.state.log_history if "reward" in row]
     _check(rows, plan, recorder)
-    _phases(rows[_STEPS.index("timed")], recorder)
     if request.device == "cpu":
         recorder.skip("idle share of the GPU", "there is no GPU")
-        return
-    bar = Bar("<=", IDLE)
-    if watch.idle is None:
-        recorder.skip("idle share of the GPU, traced", watch.trouble)
-    else:
-        recorder.figure("idle share of the GPU, traced", watch.idle, "", bar)
-    if watch.busy:
-        mean = sum(watch.busy) / len(watch.busy) / 100
-        recorder.figure("idle share of the GPU, NVML", 1 - mean, "", bar, samples=len(watch.busy))
-    else:
-        recorder.skip("idle share of the GPU, NVML", "nvidia-ml-py gave no samples")
 
 
 def _trainer(plan: Plan, watch: _Watch, request: Request) -> Any:
@@ -92,6 +84,7 @@ def _trainer(plan: Plan, watch: _Watch, request: Request) -> Any:
         max_completion_length=plan.new,
         sampler_max_batch=plan.rollouts,
         max_turns=2,
+        expert_dedup="off",
         turn_contraction=0.0,
         consult_schedule="constant",
         consult_prompt="",
@@ -123,12 +116,12 @@ def _reward(completions: Iterable[Any], **_: Any) -> list[float]:
 
 
 def _check(rows: list[dict[str, float]], plan: Plan, recorder: Recorder) -> None:
-    """Check that the steps were what they are called before any figure of theirs is shown."""
+    """Check that the steps were what they are called."""
     rates = [row.get("expert/consult_rate", 0.0) for row in rows]
     accepted = [row.get("expert/accepted_share", 0.0) for row in rows]
     recorder.check(
-        "three steps, updated, with consults",
-        len(rows) == len(_STEPS) and not any(row.get("skipped") for row in rows) and all(rates),
+        "steps updated the policy, with consults",
+        len(rows) > 1 and not any(row.get("skipped") for row in rows) and all(rates),
         consult_rate=rates,
         accepted=accepted,
         loss=[row.get("loss") for row in rows],
@@ -137,7 +130,7 @@ def _check(rows: list[dict[str, float]], plan: Plan, recorder: Recorder) -> None
     )
 
 
-def _phases(row: dict[str, float], recorder: Recorder) -> None:
+def _phases(row: Mapping[str, float], recorder: Recorder) -> None:
     for name in sorted(k for k in row if k.count("/") == 1 and k.startswith("perf/")):
         if not name.endswith("_s") or name.endswith("per_s"):
             continue
@@ -148,90 +141,84 @@ def _phases(row: dict[str, float], recorder: Recorder) -> None:
 
 
 class _Watch:
-    """A callback: samples NVML during the timed step and traces the last one."""
+    """A callback: samples NVML during the timed step, traces the last one, writes down each."""
 
-    def __init__(self, device: str) -> None:
-        self._on_gpu = device == "cuda"
+    def __init__(self, request: Request, recorder: Recorder) -> None:
+        self._request, self._recorder = request, recorder
+        self._on_gpu = request.device == "cuda"
         self.busy: list[float] = []
         """Percent of the time in which a kernel ran, by NVML."""
-        self.idle: float | None = None
-        self.trouble = "the profiler saw no kernel"
-        """Why there is no idle share."""
+        self._name = ""
+        self._since = 0.0
+        self._wall: dict[str, float] = {}
         self._stop = threading.Event()
         self._sampler: threading.Thread | None = None
         self._profiler: Any = None
-        self._since = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start what belongs to the step."""
-        name = _STEPS[state.global_step]
-        if not self._on_gpu or name == "warm-up":
-            return
-        torch.cuda.synchronize()
-        if name == "timed":
+        self._name = _STEPS[state.global_step]
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        if self._on_gpu and self._name == "timed":
             self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()
-        else:
-            self._start_trace()
+        if self._on_gpu and self._name == "traced":
+            with self._recorder.guard("trace of a step", optional=True):
+                self._profiler = trace.started()
+        self._since = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End what belongs to the step."""
-        if self._sampler is not None:
+        if self._on_gpu:
             torch.cuda.synchronize()
+        self._wall[self._name] = time.perf_counter() - self._since
+        if self._sampler is not None:
             self._stop.set()
             self._sampler.join()
             self._sampler = None
         if self._profiler is not None:
-            self._end_trace()
+            with self._recorder.guard("trace of a step", optional=True):
+                found = trace.ended(self._profiler)
+                trace.write(found, self._wall["traced"], self._recorder)
+                self._idle(found.busy)
+            self._profiler = None
 
-    def _start_trace(self) -> None:
-        from torch.profiler import ProfilerActivity, profile
-
-        try:
-            profiler = profile(activities=[ProfilerActivity.CUDA])
-            profiler.__enter__()
-        except Exception as error:  # not every machine lets a program trace its kernels
-            self.trouble = f"{type(error).__name__}: {error}"
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any
+    ) -> None:
+        """Write down the step that ended; ends the run where there is no time for a trace."""
+        if self._name == "warm-up":
+            self._recorder.figure("first step, with compilation", self._wall["warm-up"], "s")
+        if self._name != "timed":
             return
-        self._profiler, self._since = profiler, time.perf_counter()
+        _phases(logs, self._recorder)
+        self._recorder.note("the timed step", **logs)
+        if self.busy:
+            idle = 1 - sum(self.busy) / len(self.busy) / 100
+            count = len(self.busy)
+            self._recorder.figure(
+                "idle share of the GPU, NVML", idle, "", Bar("<=", IDLE), samples=count
+            )
+        elif self._on_gpu:
+            self._recorder.skip("idle share of the GPU, NVML", "nvidia-ml-py gave no samples")
+        times, more = _TRACE_TAKES
+        if self._on_gpu and self._request.remaining() < times * self._wall["timed"] + more:
+            self._recorder.skip("trace of a step", "the time box is used up")
+            control.should_training_stop = True
 
-    def _end_trace(self) -> None:
-        from torch.autograd import DeviceType  # type: ignore[attr-defined]
-
-        torch.cuda.synchronize()
-        wall = time.perf_counter() - self._since
-        try:
-            self._profiler.__exit__(None, None, None)
-            spans = traced_spans(self._profiler, DeviceType.CUDA)
-            if spans:
-                self.idle = 1 - covered(spans) / 1e9 / wall
-        except Exception as error:
-            self.trouble = f"{type(error).__name__}: {error}"
-        self._profiler = None
+    def _idle(self, busy: float) -> None:
+        self._recorder.figure(
+            "idle share of the GPU, kernels over the timed step",
+            1 - busy / self._wall["timed"],
+            "",
+            Bar("<=", IDLE),
+            kernels_s=busy,
+            timed_s=self._wall["timed"],
+            traced_s=self._wall["traced"],
+        )
 
     def _sample(self) -> None:
         with suppress(Exception):  # no nvidia-ml-py, or a driver that does not tell
             while not self._stop.wait(0.1):
                 self.busy.append(float(torch.cuda.utilization()))
-
-
-def traced_spans(profiler: Any, device: Any) -> list[tuple[float, float]]:
-    """Return start and end, in nanoseconds, of what ran on a device, annotations left out.
-
-    The raw events of the trace: a step has a third of a million.
-    """
-    return [
-        (event.start_ns(), event.start_ns() + event.duration_ns())
-        for event in profiler.profiler.kineto_results.events()
-        if event.device_type() == device
-        and not getattr(event, "is_user_annotation", lambda: False)()
-    ]
-
-
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Return the length of the union of intervals."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total

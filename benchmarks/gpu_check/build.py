@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from gpu_check.environment import find_tool
@@ -50,9 +51,8 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def _install(request: Request, target: Path, mode: str, path: str) -> float:
-    settings = [
-        f"build-dir={request.work}/build"
-    ]  # the second build finds the objects of the first
+    # The second build finds the objects of the first.
+    settings = [f"build-dir={request.work}/build", *_pybind11()]
     if mode == "ON":
         import torch
 
@@ -78,14 +78,24 @@ def _install(request: Request, target: Path, mode: str, path: str) -> float:
     return time.perf_counter() - start
 
 
+def _pybind11() -> list[str]:
+    """Return where CMake finds pybind11, also where it lies outside the site packages."""
+    if find_spec("pybind11") is None:
+        return []
+    import pybind11
+
+    return [f"cmake.define.pybind11_DIR={pybind11.get_cmake_dir()}"]
+
+
 def _import(target: Path, with_cuda: bool, recorder: Recorder) -> None:
     """Import what was built in a fresh interpreter."""
     code = "import eapo_fast; print(eapo_fast.__file__)"
     if with_cuda:
         code += "; import eapo_fast._cuda"
+    paths = [str(target), os.environ.get("PYTHONPATH")]
     done = subprocess.run(
         [*_INTERPRETER, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(target)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         cwd=target,
         capture_output=True,
         text=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -84,6 +85,7 @@ def measure_ceilings(request: Request, recorder: Recorder) -> Ceilings:
 
 def release(device: str) -> None:
     """Give cached memory back, so that a peer finds all of it."""
+    gc.collect()  # cycles may hold tensors
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

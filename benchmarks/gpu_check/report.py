@@ -30,8 +30,10 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def exit_code(report: Mapping[str, Any]) -> int:
-    """Return 1 where a stage went wrong; a missed bar is a figure, not an error."""
-    return int(any(outcome["status"] in BAD for outcome in report["stages"]))
+    """Return 1 where a stage went wrong or nothing was checked; a missed bar is no error."""
+    kinds = {r["kind"] for outcome in report["stages"] for r in outcome["records"]}
+    bad = any(outcome["status"] in BAD for outcome in report["stages"])
+    return int(bad or not kinds & {"check", "figure"})
 
 
 def _head(report: Mapping[str, Any]) -> str:
@@ -73,7 +75,12 @@ def _summary(report: Mapping[str, Any]) -> str:
     checks = [r["passed"] for r in records if r["kind"] == "check"]
     bars = [r["passed"] for r in records if r["kind"] == "figure" and r["passed"] is not None]
     bad = [o["stage"] for o in report["stages"] if o["status"] in BAD]
-    return (
-        f"{sum(checks)} of {len(checks)} checks hold, {sum(bars)} of {len(bars)} bars are reached; "
-        + (f"not in order: {', '.join(bad)}" if bad else "all stages in order")
-    )
+    left_out = [o["stage"] for o in report["stages"] if o["status"] == "skipped"]
+    parts = [
+        f"{sum(checks)} of {len(checks)} checks hold, {sum(bars)} of {len(bars)} bars are reached",
+        f"not in order: {', '.join(bad)}" if bad else "",
+        f"skipped: {', '.join(left_out)}" if left_out else "",
+    ]
+    if not bad and not left_out:
+        parts.append("all stages in order")
+    return "; ".join(part for part in parts if part)

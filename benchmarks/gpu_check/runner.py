@@ -37,6 +37,8 @@ class Stage:
     """Name by which several stages are picked together."""
     options: Mapping[str, str] = field(default_factory=dict)
     """What sets apart stages of one module."""
+    elastic: bool = False
+    """Whether it may also use what the stages before it left of their boxes."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +65,43 @@ class Outcome:
 
 
 def run_side_by_side(
-    requests: Sequence[tuple[Stage, Request]], environment: Mapping[str, str], *, at_once: int
+    requests: Sequence[tuple[Stage, Request]],
+    environment: Mapping[str, str],
+    *,
+    at_once: int,
+    **boxes: float,
 ) -> list[Outcome]:
-    """Run stages, at most `at_once` of them at a time; returns their outcomes in order."""
+    """Run stages, at most `at_once` of them at a time; returns their outcomes in order.
+
+    `boxes`: `scale` and `until` of `run_stage`.
+    """
+
+    def run(pair: tuple[Stage, Request]) -> Outcome:
+        try:
+            return run_stage(*pair, environment, **boxes)
+        except Exception as error:  # a full disk, say: the other stages go on
+            message = f"the driver could not run it: {type(error).__name__}: {error}"
+            return Outcome(pair[0].name, "crashed", 0.0, [], message)
+
     with ThreadPoolExecutor(max(1, at_once)) as pool:
-        return list(pool.map(lambda pair: run_stage(*pair, environment), requests))
+        return list(pool.map(run, requests))
 
 
-def run_stage(stage: Stage, request: Request, environment: Mapping[str, str]) -> Outcome:
+def run_stage(
+    stage: Stage,
+    request: Request,
+    environment: Mapping[str, str],
+    *,
+    scale: float = 1.0,
+    until: float = 0.0,
+) -> Outcome:
     """Run one stage in a process group of its own, ended as a whole when its time is up.
 
-    Its box begins now; the request's deadline is that of the whole run.
+    Its box, `scale` times its seconds, begins now, and lasts until the Unix time `until` at least
+    where the stage is elastic; the request's deadline is that of the whole run.
     """
-    deadline = min(request.deadline, time.time() + stage.seconds)
+    box = time.time() + scale * stage.seconds
+    deadline = min(request.deadline, max(box, until) if stage.elastic else box)
     request = dataclasses.replace(request, deadline=deadline)
     log = Path(request.results).with_suffix(".log")
     start = time.monotonic()
@@ -130,5 +156,8 @@ def _status(code: int | None, records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError as error:
+        return f"its log cannot be read: {error}"
     return "\n".join(line[:400] for line in lines[-_LOG_LINES:])

@@ -66,7 +66,9 @@ def random_model(kind: str) -> Any:
     if kind == "gemma2":
         settings |= {"sliding_window": 24, "attn_logit_softcapping": 5.0}
         settings |= {"final_logit_softcapping": 10.0, "query_pre_attn_scalar": 32}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+    # Not every transformers gives a model with soft caps an attention that has them.
+    how = {"attn_implementation": "eager"} if kind == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), **how)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

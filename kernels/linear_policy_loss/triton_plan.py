@@ -22,7 +22,7 @@ from eapo_fast.kernels.linear_policy_loss.triton_slabs import Slabs, sequence_sl
 from eapo_fast.kernels.linear_token_stats.coefficients import spans
 from eapo_fast.kernels.linear_token_stats.library_head import LibraryHead
 from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
-from eapo_fast.kernels.linear_token_stats.triton_row_pass import Span
+from eapo_fast.kernels.linear_token_stats.triton_row_pass import RowPass, Span
 from eapo_fast.kernels.policy_loss import reference, triton_kernel
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch
 from eapo_fast.kernels.policy_loss.rows import norm_length, trained_rows
@@ -139,7 +139,7 @@ def counted_slabs(head: LibraryHead, most: int) -> Slabs:
     return found
 
 
-def loss_of(head: TritonHead, batch: PolicyBatch, recipe: Recipe) -> LossOutput:
+def loss_of(head: RowPass, batch: PolicyBatch, recipe: Recipe) -> LossOutput:
     """Return the loss of rows that have been read."""
     if recipe.locality != "batch-global" and recipe.entropy_band is None:
         return triton_kernel.policy_loss(head.logprob, head.entropy, batch, recipe)

@@ -50,6 +50,10 @@ def library_refusal(hidden: Tensor) -> str | None:
         return "gradients of logits are too small for float16 products; take 'triton'"
     if not hasattr(torch.ops.aten.mm, "dtype_out"):
         return f"its products need torch 2.8 or newer, got {torch.__version__}"
+    if hidden.device.type == "cuda" and torch.version.cuda is None:
+        return "its products are cuBLAS's"
+    if hidden.device.type == "cuda" and torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        return "its products need compute capability 8.0 or newer"
     return triton_refusal(hidden, (torch.float32, torch.bfloat16))
 
 

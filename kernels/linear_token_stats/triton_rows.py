@@ -166,9 +166,12 @@ def run_rows(  # type: ignore[no-untyped-def]
     log_mass = tl.log(mass)
     entropy = log_mass - moment / mass
     target = tl.load(targets + source)
-    hit = tl.load(row + target + lane, mask=lane == 0, other=0.0).to(tl.float32)
-    wanted = scaled(hit, bias, target + lane, lane == 0, inverse, cap, BIAS, CAP)
-    logprob = tl.max(wanted, 0) - top - log_mass
+    chosen = target + lane
+    real = (lane == 0) & (chosen >= 0) & (chosen < vocab)
+    hit = tl.load(row + chosen, mask=real, other=float("nan")).to(tl.float32)
+    wanted = scaled(hit, bias, chosen, real, inverse, cap, BIAS, CAP)
+    wanted = tl.sum(tl.where(real, wanted, tl.where(lane == 0, hit, 0.0)), 0)
+    logprob = wanted - top - log_mass
     if STATISTICS:
         tl.store(logprobs + source, logprob)
         tl.store(entropies + source, entropy)
@@ -236,3 +239,28 @@ def run_rows(  # type: ignore[no-untyped-def]
             if out.dtype.element_ty.primitive_bitwidth < z.dtype.element_ty.primitive_bitwidth:
                 tl.debug_barrier()
             tl.store(changed + column, (dy * inverse).to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def clear_rows(z, rows, count, stride, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write 0 to the rows behind the end of a list."""
+    if tl.program_id(0) < tl.load(count):
+        return
+    row = z + tl.load(rows + tl.program_id(0)) * stride
+    nothing = tl.zeros([BLOCK], tl.float32).to(z.dtype.element_ty)
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        tl.store(row + column, nothing, mask=column < vocab)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scale_rows(z, factor, stride, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Multiply all rows by a number; nothing is read where it is 1."""
+    by = tl.load(factor)
+    if by == 1.0:
+        return
+    row = z + tl.program_id(0).to(tl.int64) * stride
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(row + column, mask=column < vocab, other=0.0).to(tl.float32)
+        tl.store(row + column, (x * by).to(z.dtype.element_ty), mask=column < vocab)

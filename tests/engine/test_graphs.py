@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -249,6 +253,82 @@ def test_a_model_that_cannot_be_captured_runs_eagerly(recorded: Any) -> None:
     assert len(w) == 1
     assert torch.equal(graphs.forward(decode_plan(4)), expected)
     assert recorder.records == 1
+
+
+def test_one_capture_at_a_time(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two samplers in two threads; torch has one capture a process."""
+    inside, most = [0], [0]
+
+    def record(run: Callable[[], torch.Tensor]) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.1)
+        inside[0] -= 1
+        return Recorder()(run)
+
+    def forward(_: int) -> None:
+        graphs = DecodeGraphs(make_model(), PagedCache(8, 4), windows={}, capture=True)
+        monkeypatch.setattr(graphs, "_record", record)
+        graphs.refresh()
+        graphs.forward(decode_plan(4))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(forward, range(3)))
+    assert most == [1]
+
+
+class FakePools:
+    """torch's rule for memory pools of graphs: none may be used again once its graphs are gone."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[int, int] = {}
+
+    def handle(self) -> int:
+        return len(self.graphs)
+
+    def graph(self, graph: Any, *, pool: int, capture_error_mode: str) -> Any:
+        assert capture_error_mode == "thread_local"
+        if self.graphs.get(pool) == 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        self.graphs[pool] = self.graphs.get(pool, 0) + 1
+        weakref.finalize(graph, self._drop, pool)
+        return nullcontext()
+
+    def _drop(self, pool: int) -> None:
+        self.graphs[pool] -= 1
+
+
+class FakeGraph:
+    def replay(self) -> None:
+        pass
+
+
+def test_new_captures_take_a_new_pool(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = FakePools()
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda _: nullcontext(),
+        "graph_pool_handle": pools.handle,
+        "CUDAGraph": FakeGraph,
+        "graph": pools.graph,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    model = make_model(spread=0.15)
+    graphs = DecodeGraphs(model, PagedCache(64, 4), windows={}, capture=True)
+    for _ in range(3):
+        graphs.refresh()
+        for rows in (4, 8):
+            graphs.forward(decode_plan(rows))
+        rescale(model)
+    assert graphs.capture
+    assert pools.graphs == {0: 0, 1: 0, 2: 2}
 
 
 @pytest.mark.gpu

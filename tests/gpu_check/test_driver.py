@@ -47,6 +47,38 @@ def test_a_stage_that_goes_wrong_stops_no_other(
     assert [r["name"] for r in by_name["wrong"].records] == ["before", "two and two", "after"]
 
 
+def test_boxes_stretch(fakes: dict[str, str], make_request: Callable[..., Any]) -> None:
+    """With the scale of the run; an elastic stage has what others left, up to the run's end."""
+    from gpu_check.runner import Stage, run_stage
+
+    (box,) = (make_request("hang", seconds=60.0),)
+    late = time.time() + 6.0
+    cases = (
+        (Stage("hang", "fake_stages", 1, 1), 3.0, late, 3.0),
+        (Stage("hang", "fake_stages", 1, 1, elastic=True), 1.0, late, 6.0),
+    )
+    for stage, scale, until, seconds in cases:
+        outcome = run_stage(stage, box, fakes, scale=scale, until=until)
+        assert outcome.status == "timed out"
+        assert seconds - 4 < outcome.seconds < seconds + 2
+    done = run_stage(cases[1][0], make_request("hang", seconds=1.5), fakes, until=late + 60)
+    assert done.seconds < 4
+
+
+def test_a_stage_that_cannot_be_started_stops_no_other(
+    fakes: dict[str, str], make_request: Callable[..., Any], tmp_path: Path
+) -> None:
+    from gpu_check.runner import Stage, run_side_by_side
+
+    gone = make_request("fine", results=str(tmp_path / "no" / "folder.jsonl"))
+    pairs = [
+        (Stage("fine", "fake_stages", 1, 60), request) for request in (gone, make_request("fine"))
+    ]
+    outcomes = run_side_by_side(pairs, fakes, at_once=2)
+    assert [o.status for o in outcomes] == ["crashed", "passed"]
+    assert "FileNotFoundError" in outcomes[0].message
+
+
 def test_the_end_of_a_time_box_ends_grandchildren(
     fakes: dict[str, str], make_request: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -168,10 +200,11 @@ def test_report(tmp_path: Path) -> None:
     text = report.table(found)
     for part in ("FAILED  not exact", "<= 155         pass", ">= 0.9         MISS", "needs z"):
         assert part in text
-    assert "1 of 2 checks hold, 1 of 2 bars are reached; not in order: a" in text
+    assert "1 of 2 checks hold, 1 of 2 bars are reached; not in order: a; skipped: b" in text
     assert report.exit_code(found) == 1
     missed = [{**stages[0], "status": "passed"}, stages[1]]
     assert report.exit_code({**found, "stages": missed}) == 0
+    assert report.exit_code({**found, "stages": stages[1:]}) == 1  # nothing was done
 
 
 def test_commits(tmp_path: Path) -> None:
@@ -184,16 +217,19 @@ def test_commits(tmp_path: Path) -> None:
 
 
 def test_picks_and_boxes() -> None:
-    from gpu_check.__main__ import LIMIT, STAGES, _picked
+    from gpu_check.__main__ import LIMIT, STAGES, _picked, box_end
+    from gpu_check.environment import PACKAGES
 
     assert _picked("") == {s.name for s in STAGES}
     assert _picked("cuda, benchmarks") == {"cuda", "bench_loss", "bench_sampler", "bench_step"}
     with pytest.raises(SystemExit, match=r"got smapler; there are bench_loss"):
         _picked("smapler")
-    boxes: dict[int, float] = {}
-    for stage in STAGES:
-        boxes[stage.number] = max(stage.seconds, boxes.get(stage.number, 0))
-    assert sum(boxes.values()) < LIMIT <= 540
+    assert box_end(STAGES[-1].number) < LIMIT <= 540
+    assert box_end(0) == STAGES[0].seconds
+    checked = [s.options for s in STAGES if s.module == "gpu_check.correctness"]
+    assert [o["backend"] for o in checked] == ["triton"] * 3 + ["cuda"]
+    assert all(isinstance(s.elastic, bool) for s in STAGES)
+    assert {need for s in STAGES for need in s.needs} - {"eapo_fast"} <= set(PACKAGES)
 
 
 def test_a_run_without_a_gpu(
@@ -220,9 +256,10 @@ def test_missing_packages_skip_what_needs_them(
 
     stages = (driver.STAGES[0], driver.Stage("x", "fake_stages", 1, 5, ("no_such_package",)))
     monkeypatch.setattr(driver, "STAGES", stages)
-    assert driver.main(["--device", "cpu", "--small", "--no-build", "--out", str(tmp_path)]) == 0
+    assert driver.main(["--device", "cpu", "--small", "--no-build", "--out", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "gpu_check_cpu.json").read_text())["stages"][1]
-    assert (found["status"], found["message"]) == ("skipped", "needs no_such_package")
+    assert found["status"] == "skipped"
+    assert found["message"] == "needs no_such_package; --wheels FOLDER brings wheels along"
 
 
 def test_build_of_a_project(
@@ -269,10 +306,11 @@ def test_architectures() -> None:
 
 
 def test_covered_time() -> None:
-    from gpu_check.bench_step import covered
+    from gpu_check.trace import covered
 
-    assert covered([]) == 0
-    assert covered([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 5.0
+    assert covered([]) == (0, [0.0] * 5)
+    spans = [(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]
+    assert covered(spans) == (5.0, [2.0, 0.0, 0.0, 0.0, 0.0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a shell script stands for the program")

@@ -287,6 +287,7 @@ def test_step_benchmark(run_stage: Callable[..., Any], one_thread: None) -> None
     assert len(check["consult_rate"]) == 3
     assert set(check["accepted"]) == {1.0}
     assert {"step, rollout", "step, update", "step, step"} <= set(names(records, "figure"))
+    assert names(records, "note") == ["the timed step"]
     assert names(records, "skip") == ["idle share of the GPU"]
 
 
@@ -303,33 +304,79 @@ def test_the_head_consults_as_often_as_it_should() -> None:
     assert float(shares.mean()) == pytest.approx(0.02, rel=0.1)
 
 
-def test_traced_spans() -> None:
-    from gpu_check.bench_step import covered, traced_spans
+def test_what_a_trace_says(make_request: Callable[..., Any]) -> None:
+    """Of a stand-in for the profiler, and of torch's own on the CPU."""
+    from gpu_check import trace
+    from gpu_check.records import Recorder, read_records
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    def event(name: str, start: float, duration: float, device: str = "cuda") -> Any:
+        return SimpleNamespace(
+            name=lambda: name,
+            start_ns=lambda: start,
+            duration_ns=lambda: duration,
+            device_type=lambda: device,
+        )
+
+    events = [event("a", 0, 3e6), event("b", 1e6, 4e6), event("b", 5e6 + 8e3, 1e6),
+              event("host", 0, 9e9, "cpu"), event("a", 56e6, 1e6)]  # fmt: skip
+    results = SimpleNamespace(events=lambda: events)
+    profiler = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
+    found = trace.read(profiler, "cuda")
+    assert found.busy == pytest.approx(7e-3)
+    assert found.gaps == pytest.approx((8e-6, 0, 0, 0, 0.056 - 0.006008))
+    assert found.longest == (("b", pytest.approx(5e-3), 2), ("a", pytest.approx(4e-3), 2))
+    request = make_request("trace")
+    trace.write(found, 0.07, Recorder(request))
+    records = read_records(Path(request.results))
+    assert records[0]["value"] == pytest.approx(0.9)
+    assert records[0]["launches"] == 4
+    assert names(records, "figure")[1] == "idle while traced, in gaps up to 10 us"
+    assert names(records, "figure")[-1] == "idle while traced, in gaps over 10 ms"
+
+    with profile(activities=[ProfilerActivity.CPU]) as own:
         torch.ones(300, 300) @ torch.ones(300, 300)
-    spans = traced_spans(profiler, torch.autograd.DeviceType.CPU)
-    assert 0 < covered(spans) < 60e9
-    assert not traced_spans(profiler, torch.autograd.DeviceType.CUDA)
+    assert 0 < trace.read(own, torch.autograd.DeviceType.CPU).busy < 60
+    with pytest.raises(RuntimeError, match="saw no kernel"):
+        trace.read(own, torch.autograd.DeviceType.CUDA)
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_the_watch_samples_one_step_and_traces_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for the device, on which nothing can be traced."""
-    from gpu_check.bench_step import _Watch
+@pytest.mark.parametrize("traces", [True, False])
+def test_what_is_watched(
+    traces: bool, make_request: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins for the device: the timed step is sampled, and the next traced."""
+    from gpu_check import bench_step, trace
+    from gpu_check.records import Recorder, read_records
+
+    def ended(_: Any) -> trace.Trace:
+        return trace.Trace(0.1, (0.0,) * 5, 7, (("kernel", 0.1, 7),))
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "utilization", lambda: 90)
-    watch = _Watch("cuda")
+    monkeypatch.setattr(torch.cuda, "utilization", lambda: 95)
+    monkeypatch.setattr(trace, "started", lambda: "profiler")
+    monkeypatch.setattr(trace, "ended", ended)
+    request = make_request("watch", device="cuda", seconds=60.0 if traces else 5.0)
+    watch = bench_step._Watch(request, Recorder(request))
+    control = SimpleNamespace(should_training_stop=False)
     for step in range(3):
-        watch.on_step_begin(None, SimpleNamespace(global_step=step), None, model=None)
+        watch.on_step_begin(None, SimpleNamespace(global_step=step), control, model=None)
         time.sleep(0.25)
-        watch.on_step_end(None, SimpleNamespace(global_step=step + 1), None, model=None)
-    assert set(watch.busy) == {90.0}
-    assert 1 <= len(watch.busy) <= 3
-    assert watch.idle is None
-    assert watch.trouble
+        watch.on_step_end(None, SimpleNamespace(global_step=step + 1), control, model=None)
+        watch.on_log(None, None, control, logs={"perf/rollout_s": 0.1, "reward": 1.0})
+        if control.should_training_stop:
+            break
+    records = read_records(Path(request.results))
+    figures = {r["name"]: r for r in records if r["kind"] == "figure"}
+    assert figures["step, rollout"]["value"] == 0.1
+    assert figures["idle share of the GPU, NVML"]["value"] == pytest.approx(0.05)
+    assert control.should_training_stop is not traces
+    assert ("trace of a step" in names(records, "skip")) is not traces
+    if traces:
+        share = figures["idle share of the GPU, kernels over the timed step"]
+        assert share["value"] == pytest.approx(1 - 0.1 / share["timed_s"])
+        assert share["passed"] is False
 
 
 def test_times_are_medians_of_device_events(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ CHECKS = [
     "kv_write",
     "linear_loss",
     "linear_plans",
+    "logits_loss",
     "paged_attention",
     "policy_loss",
     "sample",

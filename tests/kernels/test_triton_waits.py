@@ -23,6 +23,7 @@ from eapo_fast.kernels.linear_policy_loss import operator, triton_slabs
 from eapo_fast.kernels.linear_token_stats import operator as stats_operator
 from eapo_fast.kernels.linear_token_stats import triton_products as products
 from eapo_fast.kernels.linear_token_stats import triton_row_pass as row_pass
+from eapo_fast.kernels.logits_policy_loss import triton_kernel as given
 from eapo_fast.kernels.policy_loss import operator as losses
 from eapo_fast.kernels.policy_loss import triton_kernel as policy
 
@@ -128,3 +129,18 @@ def test_linear_token_stats() -> None:
         backward(entropy, None, state, *inputs, *more, 8, "triton", True, True, False)
     assert extras.shape == (2, ROWS)
     assert {launch.name for launch in launches} >= {"logits", "run_rows", "to_weight"}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_logits_policy_loss(name: str, in_place: bool) -> None:
+    recipe = recipes.get(name).replace(beta=0.1, max_length=20)
+    for masked, counted in ((True, False), (True, True), (False, True)):
+        batch = batch_of(masked=masked, counted=counted)
+        leaf = empty(ROWS, VOCAB, dtype=torch.bfloat16).requires_grad_()
+        targets = empty(ROWS, dtype=torch.int64)
+        with triton_aot.recorded(row_pass, given, policy) as launches, NoCopies():
+            found = given.logits_policy_loss(leaf * 1, targets, batch, recipe, 0.7, in_place)
+            found.loss.backward()
+        assert {launch.name for launch in launches} >= {"run_rows", "scale_rows"}
+        assert leaf.grad is not None

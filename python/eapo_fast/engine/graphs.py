@@ -8,6 +8,7 @@ exchanged, hooks), `refresh` drops the captured forwards. A new KV pool takes a 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from eapo_fast.engine.cache import PagedCache
 from eapo_fast.engine.fingerprint import storage, structure
 
 _LEAST_WIDTH = 8
+
+_capturing = threading.Lock()
+"""A process captures one graph at a time: an expert's model may want to while the policy does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,7 @@ class DecodeGraphs:
         baked = structure(self._model), storage(self._model)
         if baked != self._baked:
             self._captured.clear()
-            self._logits = None
+            self._logits = self._pool = None  # torch takes no pool whose graphs are all gone
             self._baked = baked
 
     def forward(self, plan: Any) -> Tensor | None:
@@ -206,7 +210,7 @@ class DecodeGraphs:
             return self._run(size, buffers, size.spans)
 
         try:
-            with _no_autocast_cache():
+            with _capturing, _no_autocast_cache():
                 self._captured[size] = self._record(run)
         except RuntimeError as error:
             self.capture = False
