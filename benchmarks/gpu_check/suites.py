@@ -13,6 +13,8 @@ from gpu_check.records import Recorder, Request
 
 _QUICK = ("kv_write", "test_kv_write_of_slices")
 """What stands for them all where sizes are small: the test suite runs the rest."""
+_BOTH = ("logits_loss",)
+"""Files of ops whose CUDA kernel is another op's."""
 
 
 def run(request: Request, recorder: Recorder) -> None:
@@ -23,9 +25,9 @@ def run(request: Request, recorder: Recorder) -> None:
         recorder.skip("tests/kernels/gpu", "not part of this tree")
         return
     alone = [n for n in names if n.startswith("cuda_")]
+    both = [n for n in names if n in _BOTH or (root / "kernels" / n / "kernel.cu").exists()]
     pairs = [("triton", name) for name in names if name not in alone]
-    pairs += [("cuda", name) for name in alone]
-    pairs += [("cuda", n) for n in names if (root / "kernels" / n / "kernel.cu").exists()]
+    pairs += [("cuda", name) for name in (*alone, *both)]
     if request.small:
         pairs = [("triton", _QUICK[0])]
     workers = 1 if request.device == "cpu" else max(2, len(os.sched_getaffinity(0)) // 3)
