@@ -10,6 +10,7 @@ from gpu_runs import run_checks
 
 CHECKS = [
     "kv_write",
+    "layers",
     "linear_loss",
     "linear_plans",
     "paged_attention",
