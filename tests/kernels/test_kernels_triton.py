@@ -9,6 +9,7 @@ import torch
 from gpu_runs import run_checks
 
 CHECKS = [
+    "fused",
     "kv_write",
     "layers",
     "linear_loss",

@@ -25,7 +25,7 @@ def tanh(x):  # type: ignore[no-untyped-def]
     return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 `x` in `dtype`, to nearest even; the interpreter's bfloat16 would cut digits off."""
     if INTERPRETED and dtype == tl.bfloat16:
