@@ -16,13 +16,15 @@ _QUICK = ("kv_write", "test_kv_write_of_slices")
 
 
 def run(request: Request, recorder: Recorder) -> None:
-    """Run every file on Triton, and on CUDA those whose op has a CUDA kernel."""
+    """Run every file on Triton, and on CUDA those whose op has a CUDA kernel, or that name it."""
     root = Path(request.root)
     names = sorted(p.stem.removeprefix("check_") for p in root.glob("tests/kernels/gpu/check_*.py"))
     if not names:
         recorder.skip("tests/kernels/gpu", "not part of this tree")
         return
-    pairs = [("triton", name) for name in names]
+    alone = [n for n in names if n.startswith("cuda_")]
+    pairs = [("triton", name) for name in names if name not in alone]
+    pairs += [("cuda", name) for name in alone]
     pairs += [("cuda", n) for n in names if (root / "kernels" / n / "kernel.cu").exists()]
     if request.small:
         pairs = [("triton", _QUICK[0])]
