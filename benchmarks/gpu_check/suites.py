@@ -13,8 +13,8 @@ from gpu_check.records import Recorder, Request
 
 _QUICK = ("kv_write", "test_kv_write_of_slices")
 """What stands for them all where sizes are small: the test suite runs the rest."""
-_BOTH = ("logits_loss",)
-"""Files of ops whose CUDA kernel is another op's."""
+_BOTH = ("linear_loss", "linear_plans", "logits_loss")
+"""Files of ops whose backend "cuda" has its kernel elsewhere."""
 
 
 def run(request: Request, recorder: Recorder) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eapo_fast.kernels.linear_token_stats import cuda_rows
 from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
 from eapo_fast.kernels.linear_token_stats.triton_row_pass import Span
 from eapo_fast.kernels.native import triton_refusal
@@ -22,6 +23,8 @@ LEAST_SLAB_BYTES, MOST_SLAB_BYTES = 1 << 28, 5 << 30
 MEMORY_SHARE = 28
 """A slab takes at most this part of the GPU's memory. It depends on nothing else, so that the same
 machine cuts the same slabs again."""
+ROWS_IN_CUDA = False
+"""Whether the CUDA kernel takes the rows that it can, which reads them once; not measured yet."""
 _ALIGNED = 8
 """Distances of rows are multiples of this many logits, which the library's fast products want."""
 
@@ -161,6 +164,11 @@ class LibraryHead(TritonHead):
         assert self._slab is not None
         logits = self._slab[: span.size, : self.vocab]
         out = self._slopes(span.size) if gradient else logits
+        if ROWS_IN_CUDA and not powers and cuda_rows.pass_refusal(self, logits) is None:
+            cuda_rows.launch(
+                self, logits, out, span, program=program, gradient=gradient, zeros=True
+            )
+            return
         self.launch(logits, out, span, program=program, statistics=statistics, powers=powers,
                     gradient=gradient, zeros=True)  # fmt: skip
 

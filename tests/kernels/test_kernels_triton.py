@@ -9,7 +9,9 @@ import torch
 from gpu_runs import run_checks
 
 CHECKS = [
+    "fused",
     "kv_write",
+    "layers",
     "linear_loss",
     "linear_plans",
     "logits_loss",
