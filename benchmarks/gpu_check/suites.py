@@ -13,9 +13,8 @@ from gpu_check.records import Recorder, Request
 
 _QUICK = ("kv_write", "test_kv_write_of_slices")
 """What stands for them all where sizes are small: the test suite runs the rest."""
-
-_ON_THE_LIBRARY = ("linear_loss", "linear_plans")
-"""Checks of ops whose backend "cuda" multiplies by torch."""
+_BOTH = ("linear_loss", "linear_plans", "logits_loss")
+"""Files of ops whose backend "cuda" has its kernel elsewhere."""
 
 
 def run(request: Request, recorder: Recorder) -> None:
@@ -26,13 +25,9 @@ def run(request: Request, recorder: Recorder) -> None:
         recorder.skip("tests/kernels/gpu", "not part of this tree")
         return
     alone = [n for n in names if n.startswith("cuda_")]
+    both = [n for n in names if n in _BOTH or (root / "kernels" / n / "kernel.cu").exists()]
     pairs = [("triton", name) for name in names if name not in alone]
-    pairs += [("cuda", name) for name in alone]
-    pairs += [
-        ("cuda", name)
-        for name in names
-        if (root / "kernels" / name / "kernel.cu").exists() or name in _ON_THE_LIBRARY
-    ]
+    pairs += [("cuda", name) for name in (*alone, *both)]
     if request.small:
         pairs = [("triton", _QUICK[0])]
     workers = 1 if request.device == "cpu" else max(2, len(os.sched_getaffinity(0)) // 3)
