@@ -52,14 +52,18 @@ def on_meta(*, fused: bool) -> Iterator[list[Any]]:
     import triton_aot
 
     from eapo_fast.engine import fused as modules
-    from eapo_fast.engine import fused_forwards, fused_layers
+    from eapo_fast.engine import fused_forwards, fused_layers, fused_rotary
     from eapo_fast.engine.fused_target import Target
     from eapo_fast.kernels import native
 
     target = Target(torch.device("meta"), "triton", native.GPU_STORAGE) if fused else None
     with ExitStack() as stack:
         stack.enter_context(patch.object(modules, "target_of", lambda _: target))
-        for tried in (fused_forwards, fused_layers):  # trials look at numbers; tests run them
+        for tried in (
+            fused_forwards,
+            fused_layers,
+            fused_rotary,
+        ):  # trials look at numbers; tests run them
             stack.enter_context(patch.object(tried, "trial", lambda _: True))
         # torch knows no autocast there, and says so
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *_: False))
@@ -106,7 +110,7 @@ def count(rows: int, *, layers: int, fused: bool, shared: bool = True) -> Counte
             longest=(1, BLOCKS * BLOCK_SIZE),
         )
     with on_meta(fused=fused) as kernels, fused_modules(model), torch.no_grad():
-        paged_logits(model, step, longs, longs)  # allocates the pool
+        paged_logits(model, step, longs, longs)  # allocates the pool, shows the model's habits
         kernels.clear()
         with Launches() as ops:
             logits = paged_logits(model, step, longs, longs)
