@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ KERNELS = ("gated_activation", "kv_write", "paged_attention", "rms_norm", "rotar
 
 
 class Launches(TorchDispatchMode):
-    """Counts the ops that compute, by name."""
+    """Counts the ops that compute, by name; raises for one between the host and the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +43,11 @@ class Launches(TorchDispatchMode):
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in results)
         if not is_view and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
             self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        found = [x for x in (*args, *(kwargs or {}).values(), result) if isinstance(x, Tensor)]
+        if len({x.device.type for x in found}) > 1:
+            raise RuntimeError(f"{name} goes between the host and the device")
+        return result
 
 
 @contextmanager
