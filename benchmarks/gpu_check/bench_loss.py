@@ -7,7 +7,8 @@ and bytes at the bandwidth of a large copy, both measured in this process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,7 +28,16 @@ ACTIVE_ROOM = 1.15
 """Time of partly active rows over the full time times their share of the work."""
 MEMORY_ROOM = 1.1
 """Extra memory over one slab of float32 logits and the float32 gradient of the weight."""
-SLAB_ROWS = 4096
+SIDES = {
+    "cuda": ("cuda", False),
+    "cuda, rows in CUDA": ("cuda", True),
+    "triton": ("triton", False),
+    "auto": ("auto", False),
+}
+"""Our ways: backend, and whether the CUDA kernel takes the rows. On a GPU "auto" is the first."""
+SHAPES = ((4096, 8, 1), (4096, 8, 3), (8192, 16, 3), (8192, 32, 4), (16_384, 32, 2))
+"""Columns at once, warps and stages of the Triton rows, to be chosen from."""
+GIVEN_ROWS = 4096
 TOLERANCE = 2**-7
 """Of bfloat16 gradients, in the norm."""
 LOSS_TOLERANCE = 2**-8
@@ -44,18 +54,21 @@ def run(request: Request, recorder: Recorder) -> None:
     ceilings = measure_ceilings(request, recorder)
     heads = loss_work.SMALL_HEADS if request.small else loss_work.HEADS
     sizes = loss_work.SMALL_ROWS if request.small else loss_work.ROWS
-    backends = [b for b in ("triton", "cuda", "auto") if _takes(b, request, recorder, recipe)]
+    sides = [s for s in SIDES if s != "auto" or request.device == "cpu"]
+    sides = [side for side in sides if _takes(side, request, recorder, recipe)]
     times: dict[tuple[str, int], float] = {}
     for head, (width, vocab) in heads.items():
         work = loss_work.build(sizes[-1], width, vocab, request.device, request.seed, recipe)
-        for rows in sizes:
-            for backend in backends:
-                with recorder.guard(f"{head} head, {rows} rows, {backend}"):
-                    found = _ours(work.slices(rows), head, backend, ceilings, request, recorder)
+        for rows in reversed(sizes):
+            for side in sides:
+                with recorder.guard(f"{head} head, {rows} rows, {side}"):
+                    found = _ours(work.slices(rows), head, side, ceilings, request, recorder)
                     times[head, rows] = min(found, times.get((head, rows), found))
-        with recorder.guard(f"{head} head, given logits", optional=True):
-            _given_logits(work.slices(sizes[0]), head, ceilings, request, recorder)
         del work
+        release(request.device)
+    for head, (_, vocab) in heads.items():
+        with recorder.guard(f"given logits of the {head} head", optional=True):
+            _given_logits(head, vocab, ceilings, request, recorder)
         release(request.device)
     for head, (width, vocab) in heads.items():
         work = loss_work.build(sizes[-1], width, vocab, request.device, request.seed, recipe)
@@ -64,22 +77,38 @@ def run(request: Request, recorder: Recorder) -> None:
             release(request.device)
 
 
-def _takes(backend: str, request: Request, recorder: Recorder, recipe: Any) -> bool:
-    """Return whether a backend runs the fused loss here, and whether its values are right."""
-    name = f"linear_policy_loss {backend}"
-    if backend == "auto" and request.device == "cuda":
-        from eapo_fast.kernels.linear_token_stats import REFUSALS
+@contextmanager
+def _rows_of(side: str) -> Iterator[str]:
+    """Let the CUDA kernel take the rows or not; yields the backend."""
+    from eapo_fast.kernels.linear_token_stats import library_head
 
-        sample = torch.zeros(1, 8, device="cuda", dtype=torch.bfloat16)
-        if all(refusal(sample) is not None for refusal in REFUSALS.values()):
-            recorder.skip(name, "it takes the reference here, which is not meant to be fast")
-            return False
-    with recorder.guard(name):
-        return _values(backend, request, recorder, recipe)
+    backend, library_head.ROWS_IN_CUDA = SIDES[side]
+    try:
+        yield backend
+    finally:
+        library_head.ROWS_IN_CUDA = False
+
+
+def _takes(side: str, request: Request, recorder: Recorder, recipe: Any) -> bool:
+    """Return whether one of our ways runs here, and whether its values are right."""
+    name = f"linear_policy_loss, {side}"
+    if SIDES[side][1] and not _has_cuda_rows(request):
+        recorder.skip(name, "the CUDA module was not built, or this is no CUDA device")
+        return False
+    with recorder.guard(name), _rows_of(side) as backend:
+        return _values(side, backend, request, recorder, recipe)
     return False
 
 
-def _values(backend: str, request: Request, recorder: Recorder, recipe: Any) -> bool:
+def _has_cuda_rows(request: Request) -> bool:
+    if request.device != "cuda":
+        return False
+    from eapo_fast.kernels.linear_token_stats import cuda_rows
+
+    return cuda_rows.refusal(torch.zeros(1, 8, device="cuda")) is None
+
+
+def _values(side: str, backend: str, request: Request, recorder: Recorder, recipe: Any) -> bool:
     """Compare loss and gradients of 256 rows with float64."""
     heads = loss_work.SMALL_HEADS if request.small else loss_work.HEADS
     width, vocab = heads["0.5B"]
@@ -101,7 +130,7 @@ def _values(backend: str, request: Request, recorder: Recorder, recipe: Any) -> 
     loss = float((got.double() - want).abs() / work.advantages.abs().mean())
     right = loss < LOSS_TOLERANCE and max(errors) < TOLERANCE
     recorder.check(
-        f"values of linear_policy_loss {backend} at V = {vocab}", right,
+        f"values of linear_policy_loss, {side}, at V = {vocab}", right,
         loss_error=loss, gradient_errors=errors,
     )  # fmt: skip
     return right
@@ -113,17 +142,18 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def _ours(
-    work: Work, head: str, backend: str, ceilings: Ceilings, request: Request, recorder: Recorder
+    work: Work, head: str, side: str, ceilings: Ceilings, request: Request, recorder: Recorder
 ) -> float:
     """Time one shape: all rows active, then a part; returns milliseconds."""
     rows, device = len(work.hidden), request.device
-    name = f"linear loss, {head} head, {rows} rows, {backend}"
+    name = f"linear loss, {head} head, {rows} rows, {side}"
     repeats = 1 if request.small else 7
 
     def step(of: Work) -> Callable[[], Tensor]:
         def run_once() -> Tensor:
             of.clear()
-            return loss_work.ours(of, backend)
+            with _rows_of(side) as backend:
+                return loss_work.ours(of, backend)
 
         return run_once
 
@@ -134,7 +164,7 @@ def _ours(
     recorder.figure(name, spent, "ms", Bar("<=", limit, "H200") if limit else None, floor_ms=floor)
     recorder.figure(f"{name}: share of three products", floor / spent, "")
     if extra is not None:
-        allowed = 4.0 * (SLAB_ROWS * len(work.weight) + work.weight.numel())
+        allowed = _slab_bytes(work, side) + 4.0 * work.weight.numel()
         bar = Bar("<=", MEMORY_ROOM)
         recorder.figure(
             f"{name}: extra memory / (slab + fp32 gradient)", extra / allowed, "", bar, bytes=extra
@@ -170,50 +200,125 @@ def _extra_memory(step: Callable[[], object], work: Work, device: str) -> float 
     return float(torch.cuda.max_memory_allocated() - before - returned)
 
 
-def _given_logits(
-    work: Work, head: str, ceilings: Ceilings, request: Request, recorder: Recorder
-) -> None:
-    """Time the launch from a slab of float32 logits to their gradients, read and written once."""
-    from eapo_fast import ops
-    from eapo_fast.kernels.linear_policy_loss.triton_plan import program_of
+def _slab_bytes(work: Work, side: str) -> float:
+    """Return the size of the largest slab of float32 logits that one of our ways makes."""
+    from eapo_fast.kernels.linear_token_stats.coefficients import spans
+    from eapo_fast.kernels.linear_token_stats.library_head import LibraryHead
     from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
 
-    rows = min(SLAB_ROWS, len(work.hidden)) // work.length * work.length
-    work = work.slices(rows)
-    edges = torch.arange(len(work.advantages) + 1, device=work.hidden.device) * work.length
+    kind = TritonHead if SIDES[side][0] == "triton" else LibraryHead
+    head = kind(
+        work.hidden.detach(), work.weight.detach(), work.targets, bias=None, temperature=1.0,
+        softcap=None, vocab_size=len(work.weight), banned=None, chunk_size=None,
+    )  # fmt: skip
+    parts = spans(len(work.hidden), head.slab_rows(keep=True), even=True)
+    return 4.0 * max(stop - start for start, stop in parts) * len(work.weight)
+
+
+def _given_logits(
+    head: str, vocab: int, ceilings: Ceilings, request: Request, recorder: Recorder
+) -> None:
+    """Time the loss over given logits and its gradient in their place, read and written once."""
+    from eapo_fast.kernels.linear_token_stats import triton_row_pass
+
+    rows = 16 if request.small else GIVEN_ROWS
+    usual = dict(triton_row_pass.SHAPES)
+    for dtype in (torch.bfloat16, torch.float32):
+        logits, ask = _given(rows, vocab, dtype, request)
+        for backend in ("triton", "cuda"):
+            shapes = SHAPES if backend == "triton" else ((0, 0, 0),)
+            for shape in shapes[:1] if request.small else shapes:
+                how = f"{backend} {shape}" if shape[0] else backend
+                kind = str(dtype).removeprefix("torch.")
+                name = f"loss over {rows} rows of {kind} logits, {head} head, {how}"
+                if shape[0]:
+                    width = logits.element_size()
+                    triton_row_pass.SHAPES[width] = triton_row_pass.Shape(*shape)
+                try:
+                    with recorder.guard(name, optional=True):
+                        barred = not shape[0] or shape == usual[logits.element_size()]
+                        _time_given(name, logits, ask, backend, ceilings, request, recorder,
+                                    barred=barred)  # fmt: skip
+                finally:
+                    triton_row_pass.SHAPES.update(usual)
+
+
+def _given(
+    rows: int, vocab: int, dtype: torch.dtype, request: Request
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return random logits, and what a loss over them asks for beside them."""
+    from eapo_fast import ops, recipes
+
+    generator = torch.Generator(request.device).manual_seed(request.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=request.device)
+
+    logits = (normal(rows, vocab) * 2).to(dtype)
+    targets = torch.randint(vocab, (rows,), generator=generator, device=request.device)
+    edges = torch.arange(9, device=request.device) * (rows // 8)
+    own = torch.cat([
+        part.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        for part, ids in zip(logits.split(512), targets.split(512), strict=True)
+    ])  # fmt: skip
     batch = ops.PolicyBatch(
-        old_logprob=work.old_logprob, advantages=work.advantages, cu_seqlens=edges
+        old_logprob=own + 0.02 * normal(rows), advantages=normal(8).sign(), cu_seqlens=edges
     )
-    head_of: Any = TritonHead(
-        work.hidden.detach(),
-        work.weight.detach(),
-        work.targets,
-        bias=None,
-        temperature=1.0,
-        softcap=None,
-        vocab_size=len(work.weight),
-        banned=None,
-        chunk_size=rows,
-        wanted=(True, True, False),
+    return logits, {"targets": targets, "batch": batch, "recipe": recipes.get("eapo")}
+
+
+def _time_given(
+    name: str,
+    logits: Tensor,
+    ask: dict[str, Any],
+    backend: str,
+    ceilings: Ceilings,
+    request: Request,
+    recorder: Recorder,
+    *,
+    barred: bool,
+) -> None:
+    """Check some rows, then time all of them; what is timed starts from the gradient before."""
+    from eapo_fast import ops
+
+    few = slice(0, len(logits) // 8)
+    own = ask["batch"]
+    part = ops.PolicyBatch(
+        old_logprob=own.old_logprob[few],
+        advantages=own.advantages[:1],
+        cu_seqlens=own.cu_seqlens[:2],
     )
-    program = program_of(batch, work.recipe)
-    span = head_of.span(0, rows)
-    head_of.read_span(span, program=program)
-    want = loss_work.exact_logprobs(work.hidden.float(), work.weight.float(), work.targets)
-    error = float((head_of.logprob - want).abs().max())
-    recorder.check(f"log-probabilities over given logits, {head} head", error < 1e-3, error=error)
+    found = []
+    for how, dtype in (("reference", torch.float64), (backend, logits.dtype)):
+        leaf = logits[few].to(dtype).requires_grad_()
+        try:
+            loss = ops.logits_policy_loss(
+                leaf, ask["targets"][few], part, ask["recipe"], backend=how
+            ).loss
+        except ValueError as error:
+            if str(error).startswith("backend:"):
+                raise RefusedError(str(error)) from None
+            raise
+        found.append((loss.detach().double(), torch.autograd.grad(loss, leaf)[0].double()))
+        del leaf, loss
+    (want, wanted), (got, gradient) = found
+    error = float((gradient - wanted).norm() / wanted.norm())
+    right = abs(float(got - want)) < LOSS_TOLERANCE and error < TOLERANCE
+    recorder.check(f"values: {name}", right, gradient_error=error)
+    del found, wanted, gradient
+    if not right:
+        return
+    room = logits.clone().requires_grad_() * 1  # no leaf
 
     def launch() -> None:
-        head_of._run(span, program=program, STATISTICS=True, POWERS=False, GRADIENT=True)
+        loss = ops.logits_policy_loss(room, **ask, in_place=True, backend=backend).loss
+        torch.autograd.grad(loss, room)
 
-    repeats = 1 if request.small else 10
-    spent = milliseconds(launch, request.device, repeats=repeats, warmup=1)
-    moved = 8.0 * rows * len(work.weight)
-    name = f"loss over {rows} rows of float32 logits, {head} head"
+    spent = milliseconds(launch, request.device, repeats=1 if request.small else 10, warmup=2)
+    moved = 2.0 * logits.numel() * logits.element_size()
     recorder.figure(name, spent, "ms")
-    recorder.figure(
-        f"{name}: share of copy", moved / (spent / 1e3) / ceilings.copy, "", Bar(">=", COPY_SHARE)
-    )
+    bar = Bar(">=", COPY_SHARE) if barred else None
+    recorder.figure(f"{name}: share of copy", moved / (spent / 1e3) / ceilings.copy, "", bar)
 
 
 def _peers(work: Work, head: str, own: float | None, request: Request, recorder: Recorder) -> None:

@@ -14,16 +14,25 @@ from gpu_check.records import Recorder, Request
 _QUICK = ("kv_write", "test_kv_write_of_slices")
 """What stands for them all where sizes are small: the test suite runs the rest."""
 
+_ON_THE_LIBRARY = ("linear_loss", "linear_plans")
+"""Checks of ops whose backend "cuda" multiplies by torch."""
+
 
 def run(request: Request, recorder: Recorder) -> None:
-    """Run every file on Triton, and on CUDA those whose op has a CUDA kernel."""
+    """Run every file on Triton, and on CUDA those whose op has a CUDA kernel, or that name it."""
     root = Path(request.root)
     names = sorted(p.stem.removeprefix("check_") for p in root.glob("tests/kernels/gpu/check_*.py"))
     if not names:
         recorder.skip("tests/kernels/gpu", "not part of this tree")
         return
-    pairs = [("triton", name) for name in names]
-    pairs += [("cuda", n) for n in names if (root / "kernels" / n / "kernel.cu").exists()]
+    alone = [n for n in names if n.startswith("cuda_")]
+    pairs = [("triton", name) for name in names if name not in alone]
+    pairs += [("cuda", name) for name in alone]
+    pairs += [
+        ("cuda", name)
+        for name in names
+        if (root / "kernels" / name / "kernel.cu").exists() or name in _ON_THE_LIBRARY
+    ]
     if request.small:
         pairs = [("triton", _QUICK[0])]
     workers = 1 if request.device == "cpu" else max(2, len(os.sched_getaffinity(0)) // 3)

@@ -1,4 +1,4 @@
-// Bindings of the sampler's CUDA kernels. `device` is where their tensors must be: the tests run
+// Bindings of the CUDA kernels. `device` is where their tensors must be: the tests run
 // the same kernels on the CPU, in an emulator.
 #pragma once
 
@@ -15,6 +15,7 @@ namespace eapo {
 void bind_cuda_cache(pybind11::module_& m, Device device);
 void bind_cuda_attention(pybind11::module_& m, Device device);
 void bind_cuda_sample(pybind11::module_& m, Device device);
+void bind_cuda_rows(pybind11::module_& m, Device device);
 
 // Torch's current stream of the tensor's device; nothing is waited for.
 inline cuda::Target target_of(const TensorView& tensor) {
@@ -38,6 +39,12 @@ template <typename T>
 T* values_of(const TensorView& tensor, std::initializer_list<int64_t> shape) {
   tensor.expect<T>().expect_shape(shape).expect_contiguous();
   return tensor.as<T>();
+}
+
+// The same, or null for None.
+template <typename T>
+T* values_or_null(pybind11::handle object, const char* name, Device device, int64_t size) {
+  return object.is_none() ? nullptr : values_of<T>({object, name, device}, {size});
 }
 
 }  // namespace eapo

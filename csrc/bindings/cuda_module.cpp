@@ -32,4 +32,5 @@ PYBIND11_MODULE(_cuda, m) {
   eapo::bind_cuda_cache(m, eapo::Device::kCuda);
   eapo::bind_cuda_attention(m, eapo::Device::kCuda);
   eapo::bind_cuda_sample(m, eapo::Device::kCuda);
+  eapo::bind_cuda_rows(m, eapo::Device::kCuda);
 }

@@ -1,5 +1,6 @@
-// The token program for one register of tokens. Made from kernels/policy_loss/triton_program.py by
-// `python -m eapo_fast.kernels.policy_loss.generate`; change that file, not this one.
+// The token program for one register of tokens on a CPU (F, masks I), for one token on a GPU. Made
+// from kernels/policy_loss/triton_program.py by `python -m eapo_fast.kernels.policy_loss.generate`;
+// change that file, not this one.
 
 // Return r = exp(clamp(drift, -20, limit)) and whether it moves with the drift.
 EAPO_INLINE void ratio_terms(F drift, float limit, F& out0, I& out1) {

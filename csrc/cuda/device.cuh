@@ -36,6 +36,28 @@ __device__ inline __half from_float<__half>(float x) {
 
 __device__ inline float minus_infinity() { return -INFINITY; }
 
+// 2^x by the special function unit, to 2 units in the last place; 0 below 2^-126.
+__device__ inline float fast_exp2(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+#endif
+}
+
+// Shared memory of the block, as much as the launch asked for.
+__device__ inline void* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 eapo_shared_memory[];
+  return eapo_shared_memory;
+#else
+  return emulated_dynamic_shared();
+#endif
+}
+
 // Every lane gets the largest value, or the sum; the order of additions is fixed.
 __device__ inline float warp_max(float x) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2)

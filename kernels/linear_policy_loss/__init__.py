@@ -10,7 +10,7 @@ from eapo_fast.kernels.backend import choose_backend
 from eapo_fast.kernels.checks import FLOATS, check_tensor, refuse_transforms
 from eapo_fast.kernels.linear_policy_loss import operator
 from eapo_fast.kernels.linear_policy_loss.plans import PLANS
-from eapo_fast.kernels.linear_token_stats import ON_REQUEST, REFUSALS, autocast_head, check_head
+from eapo_fast.kernels.linear_token_stats import REFUSALS, autocast_head, check_head
 from eapo_fast.kernels.policy_loss.batch import (
     LossOutput,
     PolicyBatch,
@@ -41,8 +41,9 @@ def linear_policy_loss(
     """Return `policy_loss` of the tokens `targets` under the LM head, differentiable in the head.
 
     The gradient in `hidden`, `weight` and `bias` is exact; rows whose mask is 0 never enter the
-    head (their hidden states and targets may hold anything) and get gradient 0. On a CPU, rows
-    whose coefficients are 0 (no advantage, or clipped) take no part in the gradient.
+    head (their hidden states and targets may hold anything) and get gradient 0. Rows whose
+    coefficients are 0 (no advantage, or clipped; with "cuda" only those without advantage) take no
+    part in the gradient.
 
     Args:
         hidden: [N, H] states that predict `targets`; float32, float64, bfloat16 or float16.
@@ -51,7 +52,8 @@ def linear_policy_loss(
         batch: what the policy loss needs, N rows of S sequences; see `PolicyBatch`.
         recipe: what to compute; see `Recipe`.
         bias, temperature, softcap, vocab_size, banned, chunk_size, backend: as in
-            `linear_token_stats`; `banned` counts all N rows.
+            `linear_token_stats`; `banned` counts all N rows. "cuda" waits for the device once, to
+            ask how many rows there are; "triton" never does.
         plan: matrix products of n x H x V, for n masked-in rows. "slab": three; a slab of logits
             becomes its gradient as soon as the coefficients of its rows are known, which takes
             whole sequences for a sequence-level recipe and the whole batch for a batch-global one.
@@ -75,7 +77,7 @@ def linear_policy_loss(
         raise ValueError(
             f"plan: got {plan!r}, allowed is one of {allowed}.{suggest(str(plan), PLANS)}"
         )
-    chosen = choose_backend("linear_policy_loss", backend, REFUSALS, hidden, on_request=ON_REQUEST)
+    chosen = choose_backend("linear_policy_loss", backend, REFUSALS, hidden)
     check_constants(batch)
     check_needs(batch, recipe)
     stats = dict(batch.stats or {})

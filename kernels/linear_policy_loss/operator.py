@@ -89,7 +89,7 @@ def policy_loss(
         "chunk_size": chunk_size,
         "wanted": (to_hidden, to_weight, to_bias),
     }
-    evaluate = _on_device if backend == "triton" else _gathered
+    evaluate = _gathered if backend in HEADS else _on_device
     banned = pair(banned_rows, banned_ids)
     found, of_hidden, of_weight, of_bias = evaluate(
         hidden, weight, targets, batch, method, banned, plan, backend, head_settings
@@ -163,6 +163,8 @@ def _on_device(
 ) -> Found:
     """Evaluate the masked-in rows where they are, as a list that the device makes."""
     from eapo_fast.kernels.linear_policy_loss import triton_plan
+    from eapo_fast.kernels.linear_policy_loss.row_lists import row_list
+    from eapo_fast.kernels.linear_token_stats.library_head import LibraryHead
     from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
     from eapo_fast.kernels.linear_token_stats.triton_products import listed
 
@@ -170,14 +172,13 @@ def _on_device(
     known = targets if live is None or targets.device.type != "cpu" else targets[live]
     ban_rows, ban_ids = banned or (None, None)
     check_values(known, settings["vocab_size"], ban_rows, ban_ids, len(hidden))
-    head = TritonHead(
-        hidden,
-        weight,
-        targets.long(),
-        banned=banned,
-        live=None if live is None else listed(live),
-        **settings,
-    )
+    inputs = hidden, weight, targets.long()
+    head: TritonHead
+    if backend == "cuda":
+        head = LibraryHead(*inputs, banned=banned, lists=row_list(batch, recipe), **settings)
+    else:
+        rows = None if live is None else listed(live)
+        head = TritonHead(*inputs, banned=banned, live=rows, **settings)
     head.truncation = _cut_of(recipe)
     found = triton_plan.run(head, batch, recipe, plan, settings["wanted"])
     if checks.may_look(head.entropy):
@@ -185,9 +186,8 @@ def _on_device(
         check_finite(head.entropy[own], own)
     else:
         found = replace(found, bad_token=first_bad(head.entropy))
-    gradients = head.gradients()
     head.close()
-    return found, *gradients
+    return found, *head.gradients()
 
 
 @policy_loss.register_fake

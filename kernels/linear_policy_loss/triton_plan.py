@@ -1,22 +1,28 @@
-"""The order of work on a GPU: no row is gathered, and nothing waits for a number of rows.
+"""The order of work on a GPU.
 
-Masked-in rows are a list on the device. A token-local recipe takes it slab by slab: logits, one
-launch from statistics to logit gradients, products over the rows that have one. Recipes that look
-at sequences take slabs of whole sequences, cut on the device; those that look at the batch do so
-too where its statistics are given. Else one slab holds the batch, or all rows are read first.
-Statistics of a batch are plain torch, over all rows with the masked-in ones in front.
+Masked-in rows are a list on the device, whose length the host need not know. A token-local recipe
+takes it slab by slab: logits, one launch from statistics to logit gradients, products over the rows
+that have one. Recipes that look at sequences take slabs of whole sequences; those that look at the
+batch do so too where its statistics are given. Else one slab holds the batch, or all rows are read
+first. Statistics of a batch are plain torch, over all rows with the masked-in ones in front.
+
+Rows that are known to have no gradient before anything is computed (`LibraryHead`) are read last.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eapo_fast.kernels.linear_policy_loss.plans import Wanted, check_scale, scalable
-from eapo_fast.kernels.linear_policy_loss.triton_slabs import sequence_slabs
+from eapo_fast.kernels.linear_policy_loss.triton_slabs import Slabs, sequence_slabs
+from eapo_fast.kernels.linear_token_stats.coefficients import spans
+from eapo_fast.kernels.linear_token_stats.library_head import LibraryHead
 from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
+from eapo_fast.kernels.linear_token_stats.triton_row_pass import RowPass, Span
 from eapo_fast.kernels.policy_loss import reference, triton_kernel
 from eapo_fast.kernels.policy_loss.batch import LossOutput, PolicyBatch
 from eapo_fast.kernels.policy_loss.rows import norm_length, trained_rows
@@ -28,38 +34,58 @@ def run(
     head: TritonHead, batch: PolicyBatch, recipe: Recipe, plan: str, wanted: Wanted
 ) -> LossOutput:
     """Return the detached loss of `recipe`, and leave its gradients in `head`."""
-    count, most = len(head.targets), head.slab_rows(keep=True)
-    chosen = choose_plan(plan, batch, recipe, wanted, most)
-    if count == 0:
+    most = head.slab_rows(keep=True)
+    chosen = choose_plan(plan, batch, recipe, wanted, fits=head.known <= most)
+    if head.known == 0:
         return loss_of(head, batch, recipe)
     if chosen == "sequences":
         return _by_sequences(head, batch, recipe, most)
-    step = count if chosen == "whole" else most
-    slabs = [head.span(i, min(i + step, count)) for i in range(0, count, step)]
+    if chosen == "whole":
+        return _whole(head, batch, recipe)
     program = program_of(batch, recipe) if chosen == "rows" else None
-    for slab in slabs:
+    moving = spans_of(head, 0, head.moving)
+    for slab in moving:
         head.read_span(slab, program=program)
         if chosen == "rows":
             head.accumulate(slab)
         elif chosen == "scale":
             head.a.fill_(1.0)
             head.differentiate(slab)
+    for slab in spans_of(head, head.moving, head.known):
+        head.read_span(slab, program=program, gradient=False)
     found = loss_of(head, batch, recipe)
-    if chosen in ("prepass", "whole"):
+    if chosen == "prepass":
         head.take(found.a, found.b, found.c)
-    for slab in slabs if chosen == "prepass" else ():
-        head.replay_span(slab)
-    if chosen == "whole":
-        head.differentiate(slabs[0])
+        for slab in moving:
+            head.replay_span(slab)
     if chosen == "scale":
         head.scale_hidden(found.a)
     return found
 
 
-def choose_plan(plan: str, batch: PolicyBatch, recipe: Recipe, wanted: Wanted, most: int) -> str:
+def spans_of(head: TritonHead, start: int, stop: int) -> list[Span]:
+    """Cut a part of the list of rows into slabs, of equal length unless that is given."""
+    parts = spans(stop - start, head.slab_rows(keep=True), even=head.chunk_size is None)
+    return [head.span(start + first, start + last) for first, last in parts]
+
+
+def _whole(head: TritonHead, batch: PolicyBatch, recipe: Recipe) -> LossOutput:
+    """Take the batch as one slab."""
+    head.read_span(head.span(0, head.known))
+    found = loss_of(head, batch, recipe)
+    head.take(found.a, found.b, found.c)
+    if head.moving:
+        head.differentiate(head.span(0, head.moving))
+    return found
+
+
+def choose_plan(
+    plan: str, batch: PolicyBatch, recipe: Recipe, wanted: Wanted, *, fits: bool
+) -> str:
     """Return "read" (no gradients), "rows", "sequences", "whole", "prepass" or "scale".
 
-    Raises `ValueError` for a plan that cannot give these gradients.
+    `fits`: whether a slab can hold all rows. Raises `ValueError` for a plan that cannot give these
+    gradients.
     """
     if not any(wanted):
         return "read"
@@ -69,7 +95,7 @@ def choose_plan(plan: str, batch: PolicyBatch, recipe: Recipe, wanted: Wanted, m
         return plan
     if recipe.locality == "token-local" and recipe.entropy_band is None:
         return "rows"
-    if len(batch.old_logprob) <= most:
+    if fits:
         return "whole"
     if not missing_statistics(recipe, batch.stats or {}):
         return "sequences"
@@ -80,13 +106,16 @@ def choose_plan(plan: str, batch: PolicyBatch, recipe: Recipe, wanted: Wanted, m
 
 def _by_sequences(head: TritonHead, batch: PolicyBatch, recipe: Recipe, most: int) -> LossOutput:
     """Take slabs of whole sequences; those that are too long for one are read twice."""
-    slabs = sequence_slabs(batch.cu_seqlens, batch.mask, most, len(head.targets))
+    if isinstance(head, LibraryHead):
+        slabs = counted_slabs(head, most)
+    else:
+        slabs = sequence_slabs(batch.cu_seqlens, batch.mask, most, len(head.targets))
     for slab in slabs.whole:
         head.read_span(slab)
         part = loss_of(head, batch, recipe)
         head.take(part.a, part.b, part.c)
         head.differentiate(slab)
-    for piece in slabs.parts:
+    for piece in (*slabs.parts, *spans_of(head, head.moving, head.known)):
         head.read_span(piece)
     found = loss_of(head, batch, recipe)
     head.take(found.a, found.b, found.c)
@@ -95,7 +124,22 @@ def _by_sequences(head: TritonHead, batch: PolicyBatch, recipe: Recipe, most: in
     return found
 
 
-def loss_of(head: TritonHead, batch: PolicyBatch, recipe: Recipe) -> LossOutput:
+def counted_slabs(head: LibraryHead, most: int) -> Slabs:
+    """Cut the rows that may have a gradient where sequences end, as far as a slab can hold them."""
+    found = Slabs([], [])
+    first = last = 0
+    for stop in (*accumulate(head.lengths), None):
+        if last > first and (stop is None or stop - first > most):
+            if last - first > most:
+                found.parts.extend(spans_of(head, first, last))
+            else:
+                found.whole.append(head.span(first, last))
+            first = last
+        last = last if stop is None else stop
+    return found
+
+
+def loss_of(head: RowPass, batch: PolicyBatch, recipe: Recipe) -> LossOutput:
     """Return the loss of rows that have been read."""
     if recipe.locality != "batch-global" and recipe.entropy_band is None:
         return triton_kernel.policy_loss(head.logprob, head.entropy, batch, recipe)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eapo_fast.kernels.linear_token_stats.triton_kernel import Span
+from eapo_fast.kernels.linear_token_stats.triton_row_pass import Span
 
 
 @triton.jit(do_not_specialize=["sequences", "most", "slabs", "pieces"])

@@ -29,7 +29,6 @@ from eapo_fast.kernels.truncated_entropy.reference import Cut
 
 __all__ = [
     "EXTRAS",
-    "ON_REQUEST",
     "REFUSALS",
     "NonFiniteError",
     "TokenStats",
@@ -41,10 +40,23 @@ __all__ = [
 EXTRAS = ("max_logprob", "p_max", "sum_p2", "sum_p3", "kept_mass", "truncated_entropy")
 """Statistics on request, not differentiable: ln of the largest p, that p, sums of p^2 and of p^3,
 probability and renormalised entropy of the tokens that top_p, top_k and min_p keep."""
-REFUSALS: dict[str, Refusal] = {"cpu": cpu_refusal}
-"""The backends of an LM head, and why one cannot run on given hidden states."""
-ON_REQUEST: dict[str, Refusal] = {"triton": lambda x: triton_refusal(x, GPU_STORAGE)}
-"""Those that run when they are named."""
+
+
+def _library_refusal(hidden: Tensor) -> str | None:
+    reason = triton_refusal(hidden, ())
+    if reason is not None:
+        return reason
+    from eapo_fast.kernels.linear_token_stats.library_head import library_refusal
+
+    return library_refusal(hidden)
+
+
+REFUSALS: dict[str, Refusal] = {
+    "cpu": cpu_refusal,
+    "cuda": _library_refusal,
+    "triton": lambda x: triton_refusal(x, GPU_STORAGE),
+}
+"""The backends of an LM head, fastest first, and why one cannot run on given hidden states."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -105,7 +117,9 @@ def linear_token_stats(
             "sum_p2", "sum_p3", "kept_mass" and "truncated_entropy".
         top_p, top_k, min_p: the tokens that the last two keep, as in `truncated_entropy`.
         chunk_size: rows a chunk; None: as many as are fast and cost little memory.
-        backend: "auto", "cpu", "reference", or "triton" (when it is named).
+        backend: "auto", "cpu", "reference", or on a GPU "cuda" (rows in Triton, products by cuBLAS;
+            float32 and bfloat16) or "triton" (products too). "auto" takes what can run, fastest
+            first.
 
     bfloat16 on "cpu": the logits of a row are rounded relative to that of its target, so that
     log-probabilities err by at most 2**-8 (H - ln p(target)); "reference" widens everything.
@@ -129,7 +143,7 @@ def linear_token_stats(
             f"min_p keep; got {tuple(extras)} with {cut}"
         )
     check_cut(cut)
-    chosen = choose_backend("linear_token_stats", backend, REFUSALS, hidden, on_request=ON_REQUEST)
+    chosen = choose_backend("linear_token_stats", backend, REFUSALS, hidden)
     rows, ids = (None, None) if banned is None else banned
     logprob, entropy, further, _ = token_stats(
         hidden,

@@ -29,13 +29,18 @@ _STATES = {
     "cpu": (_core.LOSS_STATE, torch.float64),
     "reference": (reference.STATE, None),
     "triton": (9, torch.float32),
+    "cuda": (9, torch.float32),
 }
 
 
 def head_of(backend: str) -> Any:
     """Return the class of heads of a backend."""
-    if backend != "triton":
+    if backend in HEADS:
         return HEADS[backend]
+    if backend == "cuda":
+        from eapo_fast.kernels.linear_token_stats.library_head import LibraryHead
+
+        return LibraryHead
     from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
 
     return TritonHead

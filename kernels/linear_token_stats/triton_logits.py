@@ -29,6 +29,6 @@ def entries(  # type: ignore[no-untyped-def]
     if RAW:
         y = tl.load(row + column, mask=there, other=float("-inf"))
     else:
-        x = tl.load(row + column, mask=there, other=0.0)
+        x = tl.load(row + column, mask=there, other=0.0).to(tl.float32)
         y = scaled(x, bias, column, there, inverse, cap, BIAS, CAP)
     return column, y

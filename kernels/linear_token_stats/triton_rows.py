@@ -3,8 +3,10 @@
 A row is read once for its statistics and once more to become its gradient
 `a (onehot - p) + b (-p (ln p + H))`, and `c (-q (ln q + Ht))` on the tokens that a cut keeps, whose
 border takes a few reads more (`triton_cut`). With PROGRAM, a and b come from the recipe in between,
-so that one launch does all that a token-local recipe does to a slab. Logits and their gradient are
-float32.
+so that one launch does all that a token-local recipe does to a slab.
+
+The gradient may go over the logits: a program reads a block of its row before it writes one that
+begins no later, also where a bfloat16 gradient takes the first half of a float32 row.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ STATE = 9
 the tokens that a cut keeps: mass, moment, border and the last id at the border (exact to 2^24)."""
 
 
+LOWEST = tl.constexpr(-1e30)
+"""Stands for -inf where 0 times it has to be 0."""
+
+
 @triton.jit
 def _ban(row, starts, ids, source):  # type: ignore[no-untyped-def]
     """Write -inf to the banned entries of a row."""
@@ -35,7 +41,8 @@ def _ban(row, starts, ids, source):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def run_rows(  # type: ignore[no-untyped-def]
-    z,  # [C, V] fp32
+    z,  # [C, V] logits, or with GIVEN [N, V]
+    out,  # their gradients, or where they are to be; may be the memory of `z`
     rows,  # list of rows
     span,  # [2] int64: where in the list the rows of this slab start and stop
     targets,  # [N] int64
@@ -56,6 +63,8 @@ def run_rows(  # type: ignore[no-untyped-def]
     losses,
     aside,  # [C, ROOM] fp32 and int32: room for tokens near a border
     names,
+    stride,  # of z, from row to row
+    out_stride,
     vocab,
     inverse,  # 1 / temperature
     cap,
@@ -70,6 +79,8 @@ def run_rows(  # type: ignore[no-untyped-def]
     STATISTICS: tl.constexpr,  # whether to make them; else they are in `state`
     PROGRAM: tl.constexpr,  # whether to make a and b
     GRADIENT: tl.constexpr,  # whether to make the gradient
+    ZEROS: tl.constexpr,  # whether rows without a gradient have to become 0
+    GIVEN: tl.constexpr,  # whether z has a row for each of N, not for each of the list
     BIAS: tl.constexpr,
     CAP: tl.constexpr,
     BANS: tl.constexpr,
@@ -87,6 +98,7 @@ def run_rows(  # type: ignore[no-untyped-def]
     ROOM: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One row of a slab."""
     place = tl.program_id(0)
@@ -94,7 +106,11 @@ def run_rows(  # type: ignore[no-untyped-def]
     if at >= tl.load(span + 1):
         return
     source = tl.load(rows + at)
-    row = z + place.to(tl.int64) * vocab
+    line = place.to(tl.int64)
+    if GIVEN:
+        line = source
+    row = z + line * stride
+    changed = out + line * out_stride
     lane = tl.arange(0, BLOCK)
     if BANS:
         _ban(row, ban_starts, ban_ids, source)
@@ -106,23 +122,19 @@ def run_rows(  # type: ignore[no-untyped-def]
         moment = 0.0
         mass2 = 0.0
         mass3 = 0.0
-        wrong = 0
-        for start in range(0, vocab, BLOCK):
+        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
             column = start + lane
             there = column < vocab
-            x = tl.load(row + column, mask=there, other=0.0)
+            x = tl.load(row + column, mask=there, other=0.0).to(tl.float32)
             y = scaled(x, bias, column, there, inverse, cap, BIAS, CAP)
-            bad = (y != y) | (y == float("inf"))
-            wrong += tl.sum(bad.to(tl.int32), 0)
-            y = tl.where(bad, float("-inf"), y)
             if CUT:
                 bottom = tl.minimum(bottom, tl.min(tl.where(y > float("-inf"), y, float("inf")), 0))
             higher = tl.maximum(top, tl.max(y, 0))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             before = tl.where(top == float("-inf"), 0.0, top - base)
             fade = tl.where(top == float("-inf"), 0.0, tl.exp2(before * LOG2E))
-            distance = tl.where(y == float("-inf"), 0.0, y - base)
-            weight = tl.where(y == float("-inf"), 0.0, tl.exp2(distance * LOG2E))
+            distance = tl.maximum(y - base, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+            weight = tl.exp2(distance * LOG2E)
             moment = fade * (moment + before * mass) + tl.sum(weight * distance, 0)
             mass = fade * mass + tl.sum(weight, 0)
             if POWERS:
@@ -130,7 +142,7 @@ def run_rows(  # type: ignore[no-untyped-def]
                 mass2 = fade * fade * mass2 + tl.sum(squares, 0)
                 mass3 = fade * fade * fade * mass3 + tl.sum(squares * weight, 0)
             top = higher
-        mass = tl.where((wrong > 0) | (top == float("-inf")), float("nan"), mass)
+        mass = tl.where(top == float("-inf"), float("nan"), mass)
         tl.store(own, top)
         tl.store(own + 1, mass)
         tl.store(own + 2, moment)
@@ -154,9 +166,12 @@ def run_rows(  # type: ignore[no-untyped-def]
     log_mass = tl.log(mass)
     entropy = log_mass - moment / mass
     target = tl.load(targets + source)
-    hit = tl.load(row + target + lane, mask=lane == 0, other=0.0)
-    wanted = scaled(hit, bias, target + lane, lane == 0, inverse, cap, BIAS, CAP)
-    logprob = tl.max(wanted, 0) - top - log_mass
+    chosen = target + lane
+    real = (lane == 0) & (chosen >= 0) & (chosen < vocab)
+    hit = tl.load(row + chosen, mask=real, other=float("nan")).to(tl.float32)
+    wanted = scaled(hit, bias, chosen, real, inverse, cap, BIAS, CAP)
+    wanted = tl.sum(tl.where(real, wanted, tl.where(lane == 0, hit, 0.0)), 0)
+    logprob = wanted - top - log_mass
     if STATISTICS:
         tl.store(logprobs + source, logprob)
         tl.store(entropies + source, entropy)
@@ -190,9 +205,13 @@ def run_rows(  # type: ignore[no-untyped-def]
         if THIRD:
             slope_c = tl.load(c + source)
     if GRADIENT:
-        if (slope_a == 0.0) & (slope_b == 0.0) & (slope_c == 0.0):
-            return
         tl.debug_barrier()
+        if (slope_a == 0.0) & (slope_b == 0.0) & (slope_c == 0.0):
+            if ZEROS:
+                for start in range(0, vocab, BLOCK):
+                    nothing = tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty)
+                    tl.store(changed + start + lane, nothing, mask=start + lane < vocab)
+            return
         step = tl.where(logprob > float("-inf"), slope_a, 0.0)
         bracket = slope_a + slope_b * entropy
         if THIRD:
@@ -201,13 +220,13 @@ def run_rows(  # type: ignore[no-untyped-def]
             last = tl.load(own + 8).to(tl.int32)
             log_kept = tl.log(tl.where(kept > 0.0, kept, 1.0))
             level = log_kept - tl.load(own + 6) / tl.where(kept > 0.0, kept, 1.0)
-        for start in range(0, vocab, BLOCK):
+        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
             column = start + lane
             there = column < vocab
-            x = tl.load(row + column, mask=there, other=0.0)
+            x = tl.load(row + column, mask=there, other=0.0).to(tl.float32)
             y = scaled(x, bias, column, there, inverse, cap, BIAS, CAP)
-            log_p = tl.where(y == float("-inf"), 0.0, y - top - log_mass)
-            p = tl.where(y == float("-inf"), 0.0, tl.exp2(log_p * LOG2E))
+            log_p = tl.maximum(y - top - log_mass, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+            p = tl.exp2(log_p * LOG2E)
             dy = tl.where(column == target, step, 0.0) - p * (bracket + slope_b * log_p)
             if THIRD:
                 inside = kept_of(y, column, border, last)
@@ -217,4 +236,31 @@ def run_rows(  # type: ignore[no-untyped-def]
             if CAP:
                 bend = tl.where(y == float("-inf"), 0.0, y / (cap * inverse))
                 dy = dy * (1.0 - bend * bend)
-            tl.store(row + column, dy * inverse, mask=there)
+            if out.dtype.element_ty.primitive_bitwidth < z.dtype.element_ty.primitive_bitwidth:
+                tl.debug_barrier()
+            tl.store(changed + column, (dy * inverse).to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def clear_rows(z, rows, count, stride, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write 0 to the rows behind the end of a list."""
+    if tl.program_id(0) < tl.load(count):
+        return
+    row = z + tl.load(rows + tl.program_id(0)) * stride
+    nothing = tl.zeros([BLOCK], tl.float32).to(z.dtype.element_ty)
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        tl.store(row + column, nothing, mask=column < vocab)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scale_rows(z, factor, stride, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Multiply all rows by a number; nothing is read where it is 1."""
+    by = tl.load(factor)
+    if by == 1.0:
+        return
+    row = z + tl.program_id(0).to(tl.int64) * stride
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(row + column, mask=column < vocab, other=0.0).to(tl.float32)
+        tl.store(row + column, (x * by).to(z.dtype.element_ty), mask=column < vocab)

@@ -14,6 +14,7 @@ from eapo_fast.kernels.checks import (
     refuse_transforms,
 )
 from eapo_fast.kernels.logits_policy_loss import cpu, reference
+from eapo_fast.kernels.native import GPU_STORAGE, triton_refusal
 from eapo_fast.kernels.policy_loss.batch import (
     LossOutput,
     PolicyBatch,
@@ -47,14 +48,17 @@ def logits_policy_loss(
         batch: what the policy loss needs, N rows of S sequences; see `PolicyBatch`.
         recipe: what to compute; see `Recipe`.
         temperature: above 0.
-        in_place: whether backend "cpu" may overwrite `logits` with their gradient, which saves
+        in_place: whether "cpu" and "triton" may overwrite `logits` with their gradient, which saves
             their size in memory; nothing else may read them afterwards (autograd notices who does),
             also after an error. They must be the result of a computation: no leaf of autograd.
         backend: "cpu" (float32 and bfloat16: one pass over memory for recipes that look at single
-            tokens, two for others) or "reference". "auto": "cpu" where it can.
+            tokens, two for others), "triton" (float16 too, on a GPU; waits for nothing) or
+            "reference". "auto": the first that can.
 
     Raises `ValueError` for arguments that do not fit and for a backend that cannot run here;
-    `NonFiniteError`, on a CPU, for a token whose logits hold a NaN, an infinity, or -inf alone.
+    `NonFiniteError`, on a CPU, for a token whose logits hold a NaN, an infinity, or -inf alone. On
+    a GPU the loss is NaN then, and `LossOutput.check` raises. "triton" scales the gradient where
+    it lies: a second way back through one loss is a `RuntimeError`.
     """
     check_tensor("logits", logits, ["N", "V"], FLOATS)
     if not isinstance(recipe, Recipe):
@@ -66,17 +70,28 @@ def logits_policy_loss(
     check_tensor("targets", targets, [rows], INTEGERS, logits.device)
     check_positive("temperature", temperature)
     check_constants(batch)
-    refusals = {"cpu": cpu.refusal}
+    refusals = {"cpu": cpu.refusal, "triton": _triton_refusal}
     chosen = choose_backend("logits_policy_loss", backend, refusals, logits, recipe)
     if not torch.compiler.is_compiling():
         check_batch(batch, recipe, rows, logits.device)
         if logits.device.type == "cpu":
             _check_targets(targets, batch.mask, vocab)
+    arguments = logits, targets, batch, recipe, float(temperature)
+    if chosen == "reference":
+        return reference.logits_policy_loss(*arguments)
+    if in_place:
+        _check_writable(logits)
     if chosen == "cpu":
-        if in_place:
-            _check_writable(logits)
-        return cpu.logits_policy_loss(logits, targets, batch, recipe, float(temperature), in_place)
-    return reference.logits_policy_loss(logits, targets, batch, recipe, float(temperature))
+        return cpu.logits_policy_loss(*arguments, in_place)
+    from eapo_fast.kernels.logits_policy_loss import triton_kernel
+
+    return triton_kernel.logits_policy_loss(*arguments, in_place)
+
+
+def _triton_refusal(logits: Tensor, recipe: Recipe) -> str | None:
+    if torch.compiler.is_compiling():
+        return "it is no operator of torch, which torch.compile would need"
+    return triton_refusal(logits, GPU_STORAGE)
 
 
 def _check_writable(logits: Tensor) -> None:

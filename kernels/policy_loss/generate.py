@@ -1,5 +1,8 @@
 """Makes csrc/cpu/token_program-inl.h from triton_program.py: `python -m ...generate FILE`.
 
+The CPU kernels include it once for each instruction set, where F is a register of floats, and the
+CUDA kernel of the losses' rows with F a float; both say what EAPO_INLINE is.
+
 What it understands: functions of blocks with one `return` at the end; assignments; `if` over
 constants in capitals; arithmetic, comparisons, `&`; and the functions of `_CALLS`. SURROGATE
 becomes a template argument, so that its branches are compiled apart; the other constants become
@@ -16,8 +19,9 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("triton_program.py")
 
 _HEADER = """\
-// The token program for one register of tokens. Made from kernels/policy_loss/triton_program.py by
-// `python -m eapo_fast.kernels.policy_loss.generate`; change that file, not this one.
+// The token program for one register of tokens on a CPU (F, masks I), for one token on a GPU. Made
+// from kernels/policy_loss/triton_program.py by `python -m eapo_fast.kernels.policy_loss.generate`;
+// change that file, not this one.
 """
 _CALLS = {
     "tl.where": "select",

@@ -19,6 +19,7 @@ from eapo_fast.engine import Sampler, SamplerConfig
 from eapo_fast.engine.cache import PagedCache
 from eapo_fast.engine.forward import PagedForward
 from eapo_fast.engine.graphs import DecodeGraphs, bucket_rows
+from eapo_fast.engine.head import head_into
 from eapo_fast.engine.support import paged_model
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 40, 41, 42, 43], [40, 41, 42]]
@@ -329,6 +330,55 @@ def test_new_captures_take_a_new_pool(
         rescale(model)
     assert graphs.capture
     assert pools.graphs == {0: 0, 1: 0, 2: 2}
+
+
+@pytest.mark.parametrize(("kind", "copies"), [("qwen2", 0), ("phi", 0), ("gemma2", 1)])
+def test_logits_are_written_where_they_stay(
+    kind: str, copies: int, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head (Phi's has a bias) writes them; capped ones are copied, and are the same."""
+    model = make_model(kind, spread=0.15)
+    graphs = DecodeGraphs(model, PagedCache(8, 4), windows={}, capture=False)
+    expected = graphs.forward(decode_plan(4))
+    assert expected is not None
+    out = torch.full_like(expected, torch.nan)
+    copied: list[torch.Tensor] = []
+    copy = torch.Tensor.copy_
+
+    def note(into: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        copied.append(into)
+        return copy(into, *args, **kwargs)
+
+    (buffers,) = graphs._buffers.values()
+    (size,) = graphs._buffers
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", note)
+        graphs._run_into(out, lambda: graphs._run(size, buffers, 0))
+    assert sum(into is out for into in copied) == copies
+    assert torch.equal(out, expected)
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_the_head_writes_for_its_own_thread_and_rows_only(make_model: Callable[..., Any]) -> None:
+    model = make_model()
+    head, x = model.lm_head, torch.randn(1, 3, 32)
+    out = torch.zeros(3, head.out_features)
+    with torch.no_grad(), head_into(model, out):
+        with ThreadPoolExecutor(1) as pool:
+            elsewhere = pool.submit(torch.no_grad()(head), x).result()
+        assert not out.any()
+        head(x[:, :2])
+        assert not out.any()
+        with torch.enable_grad():
+            assert head(x).requires_grad
+        with torch.autocast("cpu"):
+            assert head(x).dtype == torch.bfloat16
+        assert not out.any()
+        assert head(x).data_ptr() == out.data_ptr()
+    assert torch.equal(out, elsewhere[0])
+    model.lm_head = torch.nn.Sequential(head)
+    with torch.no_grad(), head_into(model, torch.zeros_like(out)):
+        assert model.lm_head(x).data_ptr() != out.data_ptr()
 
 
 @pytest.mark.gpu

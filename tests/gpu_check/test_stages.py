@@ -189,7 +189,7 @@ def test_loss_benchmark(run_stage: Callable[..., Any], one_thread: None) -> None
         "eager torch, 0.5B head, 32 rows: times ours",
     ):
         assert part in figures  # fmt: skip
-    assert "values of linear_policy_loss auto at V = 150" in names(records, "check")
+    assert "values of linear_policy_loss, auto, at V = 150" in names(records, "check")
     assert all(r["value"] > 0 for r in records if r["kind"] == "figure")
 
 

@@ -17,7 +17,7 @@ import pybind11
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
-KERNELS = ("kv_write", "paged_attention", "sample")
+KERNELS = ("kv_write", "linear_token_stats", "paged_attention", "sample")
 SOURCES = [
     EMULATOR / "module.cpp",
     *(ROOT / "kernels" / op / "kernel.cu" for op in KERNELS),
@@ -49,8 +49,10 @@ def load(folder: Path) -> ModuleType:
 def _fingerprint() -> str:
     digest = hashlib.sha256(repr((sys.version, FLAGS)).encode())
     folders = (EMULATOR, *(ROOT / "kernels" / op for op in KERNELS), ROOT / "csrc/cuda")
-    headers = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    found = [path for folder in folders for path in folder.iterdir()]
+    headers = [path for path in found if path.is_file() and path.suffix != ".py"]
     headers += [p for p in (ROOT / "csrc/bindings").iterdir() if p.is_file()]
+    headers += [ROOT / "csrc/cpu" / name for name in ("policy.h", "token_program-inl.h")]
     for path in sorted({*SOURCES, *headers}):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The sampler's CUDA kernels: emulated on the CPU, and on a GPU where there is one."""
+"""The CUDA kernels: emulated on the CPU, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpu_runs import run_checks
 
-CHECKS = ["kv_write", "paged_attention", "sample"]
+CHECKS = ["kv_write", "paged_attention", "cuda_rows", "sample"]
 
 
 @pytest.mark.slow

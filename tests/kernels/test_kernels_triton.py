@@ -9,9 +9,12 @@ import torch
 from gpu_runs import run_checks
 
 CHECKS = [
+    "fused",
     "kv_write",
+    "layers",
     "linear_loss",
     "linear_plans",
+    "logits_loss",
     "paged_attention",
     "policy_loss",
     "sample",
@@ -31,6 +34,13 @@ def triton() -> None:
 @pytest.mark.parametrize("check", CHECKS)
 def test_interpreted(check: str) -> None:
     run_checks(check, "triton", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["linear_loss", "linear_plans"])
+def test_products_of_the_library(check: str) -> None:
+    """Rows in Triton, products by torch; on a CPU those are the CPU's."""
+    run_checks(check, "cuda", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu

@@ -15,8 +15,11 @@ pytest.importorskip("triton")
 import triton_aot
 from triton_aot import Launch, compiled, recorded
 
+from eapo_fast.kernels.gated_activation import triton_kernel as gated_activation
 from eapo_fast.kernels.kv_write import triton_kernel as kv_write
 from eapo_fast.kernels.paged_attention import triton_kernel as paged_attention
+from eapo_fast.kernels.rms_norm import triton_kernel as rms_norm
+from eapo_fast.kernels.rotary import triton_kernel as rotary
 from eapo_fast.kernels.sample import triton_kernel as sample
 
 pytestmark = [
@@ -139,6 +142,56 @@ def test_cache(dtype: torch.dtype, capability: int) -> None:
         kv_write.copy_blocks(caches, torch.zeros(2, 2, dtype=torch.int32))
     assert [launch.name for launch in launches] == ["write", "copy"]
     assert all(compiled(launch, capability).stack == 0 for launch in launches)
+
+
+def layer(
+    dtype: torch.dtype, tokens: int = 8, hidden: int = 896, heads: int = 14, dim: int = 64
+) -> list[Launch]:
+    """Launches of the pieces of a transformer layer, in every form."""
+    x = torch.zeros(1, tokens, hidden, dtype=dtype)
+    weight, gate = x[0, 0].clone(), torch.zeros(1, tokens, 4864, dtype=dtype)
+    q = torch.zeros(1, tokens, heads * dim, dtype=dtype).view(1, tokens, heads, dim).transpose(1, 2)
+    k = torch.zeros(1, tokens, 2 * dim, dtype=dtype).view(1, tokens, 2, dim).transpose(1, 2)
+    with recorded(rms_norm, gated_activation, rotary) as launches:
+        for residual in (None, x):
+            for offset, cast in ((False, True), (False, False), (True, False)):
+                form = {"unit_offset": offset, "cast_before_weight": cast}
+                rms_norm.rms_norm(x, residual, weight, 1e-6, **form)
+        for kind in ("silu", "gelu_tanh"):
+            gated_activation.gated_activation(gate, gate, kind=kind)
+        for rotated in (dim, dim // 2):
+            for angles in {dtype, torch.float32}:
+                cos = torch.zeros(1, tokens, rotated, dtype=angles)
+                rotary.rotary(q, k, cos, cos)
+    return launches
+
+
+LAYERS: dict[str, dict[str, int]] = {
+    "0.5B": {},
+    "7B": {"hidden": 3584, "heads": 28, "dim": 128},
+    "widest": {"hidden": rms_norm.WIDEST, "heads": 64, "dim": 256},
+    "wider": {"hidden": 2 * rms_norm.WIDEST + 64},
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", LAYERS)
+def test_layers(shape: str, dtype: torch.dtype, capability: int) -> None:
+    """No stack, and 16 bytes a load and a store where rows are multiples of that."""
+    for launch in {triton_aot.variant(x): x for x in layer(dtype, **LAYERS[shape])}.values():
+        found = compiled(launch, capability)
+        assert found.stack == 0, launch.name
+        assert found.shared <= 1024
+        assert "ld.global.v4.b32" in found.ptx, launch.name
+        assert "st.global.v4.b32" in found.ptx, launch.name
+
+
+def test_numbers_of_tokens_do_not_recompile_layers() -> None:
+    def variants(tokens: int) -> set[str]:
+        return {triton_aot.variant(x) for x in layer(torch.bfloat16, tokens)}
+
+    assert variants(9) == variants(16) == variants(1) == variants(2048)
 
 
 def test_lengths_do_not_recompile() -> None:

@@ -21,6 +21,8 @@ from eapo_fast import ops, recipes
 from eapo_fast.kernels.linear_policy_loss import triton_plan, triton_slabs
 from eapo_fast.kernels.linear_token_stats import triton_kernel as heads
 from eapo_fast.kernels.linear_token_stats import triton_products as products
+from eapo_fast.kernels.linear_token_stats import triton_row_pass as row_pass
+from eapo_fast.kernels.logits_policy_loss import triton_kernel as given
 from eapo_fast.kernels.policy_loss import triton_kernel as losses
 
 pytestmark = [
@@ -53,7 +55,7 @@ def launches_of(
         ref_logprob=torch.zeros(rows) if recipe.beta else None,
     )
     wanted = (True, True, False)
-    with recorded(heads, products, losses, triton_slabs) as launches:
+    with recorded(row_pass, products, losses, triton_slabs) as launches:
         assert batch.mask is not None
         head = heads.TritonHead(
             torch.zeros(rows, 64, dtype=dtype), torch.zeros(vocab, 64, dtype=dtype),
@@ -64,7 +66,7 @@ def launches_of(
             live=products.listed(batch.mask),
         )  # fmt: skip
         head.logprob, head.entropy = torch.zeros(rows), torch.zeros(rows)
-        head.truncation = None if target is None else heads.Cut(target.top_p, target.top_k)
+        head.truncation = None if target is None else row_pass.Cut(target.top_p, target.top_k)
         triton_plan.run(head, batch, recipe, plan, wanted)
     return launches
 
@@ -123,3 +125,48 @@ def test_lengths_do_not_recompile(name: str) -> None:
     want = variants(launches_of(name, rows=24, chunk=16, **length))
     for rows in range(25, 75):
         assert variants(launches_of(name, rows=rows, chunk=16, **length)) <= want
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_policy_loss(dtype: torch.dtype, capability: int) -> None:
+    """Rows of a large vocabulary: statistics are read ahead, 16 bytes at a time; no stack."""
+    vocab, rows = 151_936, 6
+    batch = ops.PolicyBatch(
+        old_logprob=torch.zeros(rows), advantages=torch.ones(2), cu_seqlens=torch.tensor([0, 4, 6]),
+        mask=torch.ones(rows, dtype=torch.bool),
+    )  # fmt: skip
+    logits = torch.zeros(rows, vocab, dtype=dtype, requires_grad=True)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    with recorded(row_pass, given, losses) as launches:
+        given.logits_policy_loss(
+            logits, targets, batch, recipes.get("eapo"), 0.7, False
+        ).loss.backward()
+    by_name = {launch.name: launch for launch in launches}
+    assert set(by_name) == {"run_rows", "evaluate", "count_live", "clear_rows", "scale_rows"}
+    for name in ("run_rows", "clear_rows", "scale_rows"):
+        found = compiled(by_name[name], capability)
+        assert found.stack == 0, name
+        assert ".f64" not in found.ptx
+        assert "st.global.v4" in found.ptx or "st.global.b128" in found.ptx, name
+        if name == "run_rows":
+            assert "cp.async.cg.shared.global" in found.ptx
+            assert found.shared <= SHARED_LIMIT[capability]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_rows_of_the_library_s_products(capability: int) -> None:
+    """A bfloat16 gradient over float32 logits."""
+    rows = row_pass.RowPass(torch.zeros(6, dtype=torch.int64), vocab_size=151_936)
+    batch = ops.PolicyBatch(
+        old_logprob=torch.zeros(6), advantages=torch.ones(2), cu_seqlens=torch.tensor([0, 4, 6])
+    )
+    slab = torch.zeros(6, 151_936)
+    with recorded(row_pass, losses) as launches:
+        rows.launch(
+            slab, slab.view(torch.bfloat16), rows.span(0, 6), statistics=True, gradient=True,
+            program=triton_plan.program_of(batch, recipes.get("eapo")), zeros=True,
+        )  # fmt: skip
+    found = compiled(next(x for x in launches if x.name == "run_rows"), capability)
+    assert found.stack == 0
+    assert found.registers <= 64

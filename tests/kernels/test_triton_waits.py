@@ -21,8 +21,9 @@ import triton_aot
 from eapo_fast import ops, recipes
 from eapo_fast.kernels.linear_policy_loss import operator, triton_slabs
 from eapo_fast.kernels.linear_token_stats import operator as stats_operator
-from eapo_fast.kernels.linear_token_stats import triton_kernel as heads
 from eapo_fast.kernels.linear_token_stats import triton_products as products
+from eapo_fast.kernels.linear_token_stats import triton_row_pass as row_pass
+from eapo_fast.kernels.logits_policy_loss import triton_kernel as given
 from eapo_fast.kernels.policy_loss import operator as losses
 from eapo_fast.kernels.policy_loss import triton_kernel as policy
 
@@ -89,7 +90,7 @@ def test_linear_policy_loss(name: str) -> None:
             "chunk_size": chunk, "wanted": (True, True, False),
         }  # fmt: skip
         batch = batch_of(masked=masked, counted=counted)
-        modules = (heads, products, policy, triton_slabs)
+        modules = (row_pass, products, policy, triton_slabs)
         with triton_aot.recorded(*modules) as launches, NoCopies():
             found, of_hidden, of_weight, _ = operator._on_device(
                 hidden, weight, targets, batch, recipe, banned, plan, "triton", settings
@@ -121,10 +122,25 @@ def test_linear_token_stats() -> None:
     more = (None, 1.0, None, VOCAB, None, None)
     forward = stats_operator.token_stats._init_fn
     backward = stats_operator.token_stats_backward._init_fn
-    with triton_aot.recorded(heads, products) as launches, NoCopies():
+    with triton_aot.recorded(row_pass, products) as launches, NoCopies():
         _, entropy, extras, state = forward(
             *inputs, *more, "kept_mass truncated_entropy", 8, "triton", 0.8, 9
         )
         backward(entropy, None, state, *inputs, *more, 8, "triton", True, True, False)
     assert extras.shape == (2, ROWS)
     assert {launch.name for launch in launches} >= {"logits", "run_rows", "to_weight"}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_logits_policy_loss(name: str, in_place: bool) -> None:
+    recipe = recipes.get(name).replace(beta=0.1, max_length=20)
+    for masked, counted in ((True, False), (True, True), (False, True)):
+        batch = batch_of(masked=masked, counted=counted)
+        leaf = empty(ROWS, VOCAB, dtype=torch.bfloat16).requires_grad_()
+        targets = empty(ROWS, dtype=torch.int64)
+        with triton_aot.recorded(row_pass, given, policy) as launches, NoCopies():
+            found = given.logits_policy_loss(leaf * 1, targets, batch, recipe, 0.7, in_place)
+            found.loss.backward()
+        assert {launch.name for launch in launches} >= {"run_rows", "scale_rows"}
+        assert leaf.grad is not None

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers.activations import GELUTanh, SiLUActivation
 
+from eapo_fast.engine.fused_target import Target
 from eapo_fast.kernels.gated_activation import gated_activation
-from eapo_fast.kernels.native import STORAGE
-from eapo_fast.kernels.rms_norm import rms_norm
+from eapo_fast.kernels.rms_norm import add_rms_norm, rms_norm
 from eapo_fast.kernels.rotary import rotary
 
 Forward = Callable[..., Any]
@@ -52,17 +52,19 @@ class Unit:
         )
 
 
-def norm_unit(module: nn.Module, form: Norm) -> Unit | None:
+def norm_unit(module: nn.Module, form: Norm, target: Target) -> Unit | None:
     """Return an RMS norm's unit, or None when the module is not what its class promises."""
     cls: Any = type(module)
     weight = module._parameters.get("weight")
     fits = weight is not None and weight.ndim == 1 and isinstance(vars(module).get(form.eps), float)
-    if module._modules or module._buffers or not fits or not _norm_agrees(cls, cls.forward, form):
+    if module._modules or module._buffers or not fits:
         return None
-    return Unit(module, _norm_forward(module, form), cls.forward)
+    if not _norm_agrees(cls, cls.forward, form, target):
+        return None
+    return Unit(module, FusedNorm(module, form, target), cls.forward)
 
 
-def mlp_unit(module: nn.Module) -> Unit | None:
+def mlp_unit(module: nn.Module, target: Target) -> Unit | None:
     """Return a gated MLP's unit, or None when it is made of other parts or another activation."""
     cls: Any = type(module)
     parts = module._modules
@@ -74,56 +76,84 @@ def mlp_unit(module: nn.Module) -> Unit | None:
     }.get(frozenset(parts))
     if activation is None or kind is None or build is None or module._parameters:
         return None
-    if not _mlp_agrees(cls, cls.forward, build):
+    if not _mlp_agrees(cls, cls.forward, build, target):
         return None
-    return Unit(module, build(module, kind), cls.forward, (activation,))
+    return Unit(module, build(module, kind, target), cls.forward, (activation,))
 
 
-def attention_unit(module: nn.Module) -> Unit | None:
+def attention_unit(module: nn.Module, target: Target) -> Unit | None:
     """Return an attention module's unit: its class's code with a fused rotary embedding."""
     own = type(module).forward
-    rebound = _with_fused_rotary(own)
+    rebound = _with_fused_rotary(own, target)
     return None if rebound is None else Unit(module, MethodType(rebound, module), own)
 
 
-def _takes(*tensors: Tensor) -> bool:
-    """Whether the CPU kernels take these tensors, of one dtype, and no gradient is wanted."""
-    dtype = tensors[0].dtype
-    return (
-        dtype in STORAGE
-        and not torch.is_grad_enabled()
-        and all(
-            type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype is dtype for t in tensors
+class FusedNorm:
+    """The forward of an RMS norm; with `add`, of the residual sum before it too.
+
+    The sum is computed first and given to nobody but the caller, who hands it on; `add` leaves its
+    norm here, and the norm's own call returns it if it gets that very tensor, unchanged.
+    """
+
+    def __init__(self, module: nn.Module, form: Norm, target: Target) -> None:
+        self._module = module
+        self._own = type(module).forward
+        self._form = form
+        self._target = target
+        self._options: dict[str, Any] = {
+            "unit_offset": form.unit_offset,
+            "cast_before_weight": form.cast_before_weight,
+            "backend": target.backend,
+        }
+        self._ready: tuple[Tensor, int, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ready, self._ready = self._ready, None
+        if ready is not None and ready[0] is x and ready[1] == x._version:
+            return ready[2]
+        weight = self._module._parameters["weight"]
+        if weight is None or not self._target.takes(x, weight):
+            return self._own(self._module, x)  # type: ignore[no-any-return]
+        if x.is_contiguous():
+            return rms_norm(x, weight, self._eps, **self._options)
+        if x.ndim == 4 and x.transpose(1, 2).is_contiguous():  # heads before tokens
+            return rms_norm(x.transpose(1, 2), weight, self._eps, **self._options).transpose(1, 2)
+        return self._own(self._module, x)  # type: ignore[no-any-return]
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return `residual + x`, and keep its norm for the call that follows."""
+        weight = self._module._parameters["weight"]
+        if weight is None or not self._fits(x, residual, weight):
+            return residual + x
+        total, norm = add_rms_norm(x, residual, weight, self._eps, **self._options)
+        if not total.is_inference():  # whose changes nobody counts
+            self._ready = total, total._version, norm
+        return total
+
+    def forget(self) -> None:
+        """Let go of a norm that nobody asked for."""
+        self._ready = None
+
+    @property
+    def _eps(self) -> float:
+        return float(vars(self._module)[self._form.eps])
+
+    def _fits(self, x: Tensor, residual: Tensor, weight: Tensor) -> bool:
+        return (
+            self._target.takes(x, residual, weight)
+            and x.shape == residual.shape
+            and x.is_contiguous()
+            and residual.is_contiguous()
         )
-    )
 
 
-def _norm_forward(module: nn.Module, form: Norm) -> Forward:
-    own, parameters, attributes = type(module).forward, module._parameters, vars(module)
-
-    def forward(x: Tensor) -> Tensor:
-        weight = parameters["weight"]
-        if weight is None or not _takes(x, weight) or not x.is_contiguous():
-            return own(module, x)  # type: ignore[no-any-return]
-        return rms_norm(
-            x,
-            weight,
-            attributes[form.eps],
-            unit_offset=form.unit_offset,
-            cast_before_weight=form.cast_before_weight,
-            backend="cpu",
-        )
-
-    return forward
-
-
-def _mlp_forward(module: nn.Module, kind: str) -> Forward:
+def _mlp_forward(module: nn.Module, kind: str, target: Target) -> Forward:
     parts: Any = module._modules
 
     def forward(x: Tensor) -> Tensor:
         gate, up = parts["gate_proj"](x), parts["up_proj"](x)
-        if _takes(gate, up) and gate.is_contiguous() and up.is_contiguous():
-            product = gated_activation(gate, up, kind, backend="cpu")
+        if target.takes(gate, up) and gate.is_contiguous() and up.is_contiguous():
+            product = gated_activation(gate, up, kind, backend=target.backend)
         else:
             product = parts["act_fn"](gate) * up
         return parts["down_proj"](product)  # type: ignore[no-any-return]
@@ -131,14 +161,14 @@ def _mlp_forward(module: nn.Module, kind: str) -> Forward:
     return forward
 
 
-def _joint_mlp_forward(module: nn.Module, kind: str) -> Forward:
+def _joint_mlp_forward(module: nn.Module, kind: str, target: Target) -> Forward:
     parts: Any = module._modules
 
     def forward(x: Tensor) -> Tensor:
         both = parts["gate_up_proj"](x)
         gate, up = both.chunk(2, dim=-1)
-        if _takes(both) and both.is_contiguous():
-            product = gated_activation(gate, up, kind, backend="cpu")
+        if target.takes(both) and both.is_contiguous():
+            product = gated_activation(gate, up, kind, backend=target.backend)
         else:
             product = up * parts["activation_fn"](gate)
         return parts["down_proj"](product)  # type: ignore[no-any-return]
@@ -147,31 +177,31 @@ def _joint_mlp_forward(module: nn.Module, kind: str) -> Forward:
 
 
 @cache
-def _with_fused_rotary(own: Forward) -> FunctionType | None:
+def _with_fused_rotary(own: Forward, target: Target) -> FunctionType | None:
     """`own` with the global name of the rotary embedding bound to the fused op, if it has one."""
     if not isinstance(own, FunctionType) or ROTATE not in own.__code__.co_names:
         return None
     rotate: Any = own.__globals__.get(ROTATE)
-    forms = _rotary_forms(rotate)
+    forms = _rotary_forms(rotate, target)
     if not forms:
         return None
-    scope = {**own.__globals__, ROTATE: partial(_rotate, rotate, forms)}
+    scope = {**own.__globals__, ROTATE: partial(_rotate, rotate, forms, target)}
     rebound = FunctionType(own.__code__, scope, own.__name__, own.__defaults__, own.__closure__)
     rebound.__kwdefaults__ = own.__kwdefaults__
     return rebound
 
 
-def _rotate(own: Forward, forms: frozenset[Any], *args: Any, **kwargs: Any) -> Any:
+def _rotate(own: Forward, forms: frozenset[Any], target: Target, *args: Any, **kwargs: Any) -> Any:
     if len(args) == 4 and not kwargs:
         q, k, cos, sin = args
-        fits = _takes(q, k) and _takes(cos, sin) and _form(q, cos) in forms
+        fits = target.takes(q, k) and target.takes(cos, sin) and _form(q, cos) in forms
         if (
             fits
             and q.stride(-1) == k.stride(-1) == 1
             and cos.is_contiguous()
             and sin.is_contiguous()
         ):
-            return rotary(q, k, cos, sin, backend="cpu")
+            return rotary(q, k, cos, sin, backend=target.backend)
     return own(*args, **kwargs)
 
 
@@ -190,71 +220,81 @@ def _activation_kind(module: nn.Module | None) -> str | None:
     return None
 
 
-def _sample(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def sample(target: Target, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    """Return random numbers that a trial runs on."""
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return numbers.to(target.device, dtype)
 
 
 def _same(got: Tensor, want: Tensor) -> bool:
-    """Equal up to the order of sums: in bfloat16 99 % of the entries have the same bits."""
+    """Equal up to the order of sums: 99 % of the entries of 16 bits have the same ones."""
     if got.dtype is not want.dtype or got.shape != want.shape:
         return False
-    if got.dtype is torch.bfloat16 and (got == want).double().mean() < 0.99:
+    narrow = got.dtype in (torch.bfloat16, torch.float16)
+    if narrow and (got == want).double().mean() < 0.99:
         return False
-    tolerance = 1e-2 if got.dtype is torch.bfloat16 else 1e-5
-    return torch.allclose(got, want, rtol=tolerance, atol=1e-6)
+    return torch.allclose(got, want, rtol=1e-2 if narrow else 1e-5, atol=1e-6)
 
 
-def _trial(run: Callable[[], bool]) -> bool:
+def trial(run: Callable[[], bool]) -> bool:
     """Whether `run` says so; a class that cannot even be tried is not recognised."""
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             return run()
     except Exception:
         return False
 
 
 @cache
-def _norm_agrees(cls: Any, own: Forward, form: Norm) -> bool:
+def _norm_agrees(cls: Any, own: Forward, form: Norm, target: Target) -> bool:
     def run() -> bool:
-        for dtype in STORAGE:
-            norm = cls(48, eps=1e-3).to(dtype)
-            norm.weight.copy_(_sample(48))
-            x = (_sample(64, 48, seed=1) * 3).to(dtype)
-            if not _same(_norm_forward(norm, form)(x), own(norm, x)):
+        for dtype in target.dtypes:
+            norm = cls(48, eps=1e-3).to(target.device, dtype)
+            norm.weight.copy_(sample(target, dtype, 48))
+            x = sample(target, dtype, 64, 48, seed=1) * 3
+            fused = FusedNorm(norm, form, target)
+            if not _same(fused(x), own(norm, x)):
+                return False
+            total = fused.add(x, x)
+            if not (torch.equal(total, x + x) and _same(fused(total), own(norm, total))):
                 return False
         return True
 
-    return _trial(run)
+    return trial(run)
 
 
 @cache
-def _mlp_agrees(cls: Any, own: Forward, build: Callable[[nn.Module, str], Forward]) -> bool:
+def _mlp_agrees(
+    cls: Any, own: Forward, build: Callable[[nn.Module, str, Target], Forward], target: Target
+) -> bool:
     def run() -> bool:
         mlp = cls.__new__(cls)
         nn.Module.__init__(mlp)
         mlp.gate_proj, mlp.up_proj, mlp.down_proj = nn.Identity(), nn.Tanh(), nn.Softsign()
         mlp.gate_up_proj = nn.Softsign()
         mlp.act_fn = mlp.activation_fn = nn.SiLU()
-        inputs = [(_sample(64, 48) * 3).to(dtype) for dtype in STORAGE]
-        return all(_same(build(mlp, "silu")(x), own(mlp, x)) for x in inputs)
+        inputs = [sample(target, dtype, 64, 48) * 3 for dtype in target.dtypes]
+        return all(_same(build(mlp, "silu", target)(x), own(mlp, x)) for x in inputs)
 
-    return _trial(run)
+    return trial(run)
 
 
 @cache
-def _rotary_forms(rotate: Any) -> frozenset[tuple[bool, torch.dtype, torch.dtype]]:
+def _rotary_forms(rotate: Any, target: Target) -> frozenset[tuple[bool, torch.dtype, torch.dtype]]:
     """The kinds of argument for which `rotate` gives what the fused op gives."""
 
     def agrees(width: int, dtype: torch.dtype, angles: torch.dtype) -> bool:
-        q, k = _sample(2, 5, 3, 16).to(dtype), _sample(2, 2, 3, 16, seed=1).to(dtype)
-        cos, sin = (_sample(2, 3, width, seed=seed).to(angles) for seed in (2, 3))
-        pairs = zip(rotary(q, k, cos, sin, backend="cpu"), rotate(q, k, cos, sin), strict=True)
+        q, k = sample(target, dtype, 2, 5, 3, 16), sample(target, dtype, 2, 2, 3, 16, seed=1)
+        cos, sin = (sample(target, angles, 2, 3, width, seed=seed) for seed in (2, 3))
+        ours = rotary(q, k, cos, sin, backend=target.backend)
+        pairs = zip(ours, rotate(q, k, cos, sin), strict=True)
         return all(_same(got, want) for got, want in pairs)
 
-    dtypes = [(dtype, dtype) for dtype in STORAGE] + [(torch.bfloat16, torch.float32)]
+    dtypes = [(dtype, dtype) for dtype in target.dtypes]
+    dtypes += [(dtype, torch.float32) for dtype in target.dtypes if dtype != torch.float32]
     return frozenset(
         (width == 16, dtype, angles)
         for width in (16, 8)
         for dtype, angles in dtypes
-        if _trial(partial(agrees, width, dtype, angles))
+        if trial(partial(agrees, width, dtype, angles))
     )

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from eapo_fast.engine.attention import CallKey, PagedStep, paged_logits
 from eapo_fast.engine.cache import PagedCache
 from eapo_fast.engine.fingerprint import storage, structure
+from eapo_fast.engine.head import head_into
 
 _LEAST_WIDTH = 8
 
@@ -242,8 +243,15 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads (scoring, an expert's model) may use the GPU meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out.copy_(run())
+            self._run_into(out, run)
         return _Captured(graph.replay, out)
+
+    def _run_into(self, out: Tensor, run: Callable[[], Tensor]) -> None:
+        """Run a forward whose logits end up in `out`, without a copy where the head can do it."""
+        with head_into(self._model, out):
+            logits = run()
+        if logits.data_ptr() != out.data_ptr():
+            out.copy_(logits)
 
 
 @contextmanager

@@ -16,8 +16,21 @@ from eapo_fast import _core
 from eapo_fast.engine.forward import PagedForward
 from eapo_fast.engine.params import SamplerConfig, SamplingParams
 from eapo_fast.engine.pool import Pool
+from eapo_fast.engine.transfer import download, upload
 from eapo_fast.engine.vocabulary import patterns
-from eapo_fast.kernels.sample import sample
+from eapo_fast.kernels.sample import Draws, sample
+
+_SETTINGS = (
+    "sample_rows",
+    "uniforms",
+    "temperatures",
+    "top_ks",
+    "top_ps",
+    "min_ps",
+    "ban_rows",
+    "ban_ids",
+)
+"""What a plan says about its draws."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,19 +157,8 @@ class Session:
         if plan is None:
             return None
         self._move_blocks(plan)
-        tokens, logprobs, kept = sample(
-            self._forward(plan),
-            rows=self._on_device(plan.sample_rows),
-            uniforms=self._on_device(plan.uniforms),
-            temperatures=self._on_device(plan.temperatures),
-            top_ks=self._on_device(plan.top_ks),
-            top_ps=self._on_device(plan.top_ps),
-            min_ps=self._on_device(plan.min_ps),
-            banned=(self._on_device(plan.ban_rows), self._on_device(plan.ban_ids)),
-        )
-        events = self.scheduler.commit(
-            tokens.cpu().numpy(), logprobs.float().cpu().numpy(), kept.float().cpu().numpy()
-        )
+        tokens, logprobs, kept = self._sample(plan, self._forward(plan))
+        events = self.scheduler.commit(*download((tokens, logprobs.float(), kept.float())))
         self.unfinished.difference_update(e.seq for e in events if e.kind == "finished")
         seen = self._speed.saw(len(plan.input_ids), len(plan.seqs), time.perf_counter() - start)
         if seen and not self.pinned_rate:
@@ -205,6 +207,12 @@ class Session:
         """Forget a row and free its blocks."""
         self.unfinished.discard(seq)
         self.scheduler.release(seq)
+
+    def _sample(self, plan: Any, logits: Tensor) -> Draws:
+        arrays = {name: getattr(plan, name) for name in _SETTINGS}
+        given = dict(zip(arrays, upload(list(arrays.values()), self._device), strict=True))
+        banned = given.pop("ban_rows"), given.pop("ban_ids")
+        return sample(logits, rows=given.pop("sample_rows"), **given, banned=banned)
 
     def _move_blocks(self, plan: Any) -> None:
         """Bring the blocks to where the step expects them, in this order."""

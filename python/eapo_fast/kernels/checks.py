@@ -50,6 +50,30 @@ def check_tensor(
         raise ValueError(f"{name}: got device {tensor.device}, the other arguments are on {device}")
 
 
+def rows_of(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> tuple[int, int]:
+    """Return how many rows [..., n] holds and their distance in elements.
+
+    Raises `ValueError` unless the dtype is one of `dtypes`, entries of a row lie side by side, and
+    rows at one distance.
+    """
+    check_tensor(name, tensor, [*map(str, range(tensor.ndim - 1)), "n"], dtypes)
+    width = tensor.shape[-1]
+    count, stride = 1, width
+    fits = width <= 1 or tensor.stride(-1) == 1
+    for size, step in zip(tensor.shape[-2::-1], tensor.stride()[-2::-1], strict=True):
+        if size == 1:
+            continue
+        stride = step if count == 1 else stride
+        fits = fits and step == stride * count
+        count *= size
+    if not fits and tensor.numel() > 0:
+        raise ValueError(
+            f"{name}: want rows at one distance (call .contiguous()), got shape "
+            f"{list(tensor.shape)} with strides {list(tensor.stride())}"
+        )
+    return count, stride
+
+
 def check_cu_seqlens(cu_seqlens: Tensor, rows: int, device: torch.device) -> None:
     """Raise `ValueError` unless `cu_seqlens` [S+1] cuts `rows` rows: 0 = c_0 <= ... <= c_S."""
     check_tensor("cu_seqlens", cu_seqlens, ["S+1"], INTEGERS, device)

@@ -76,11 +76,10 @@ def logprobs(updater: Updater, rollouts: Sequence[Rollout]) -> Tensor:
             device=updater.policy.device,
         ):
             with updater.policy.attention(batch.row):  # type: ignore[attr-defined]
-                hidden = updater._hidden(updater.policy, batch)
+                inputs = updater.head_inputs(updater.policy, batch)
             parts.append(
                 ops.linear_token_stats(
-                    hidden,
-                    updater.policy.weight,
+                    *inputs,
                     batch.targets,
                     bias=updater.policy.bias,
                     temperature=updater.temperature,

@@ -137,10 +137,8 @@ class Updater:
         num_tokens: int,
         num_sequences: int,
     ) -> ops.LossOutput:
-        hidden = self._hidden(self.policy, batch)
         return ops.linear_policy_loss(
-            hidden,
-            self.policy.weight,
+            *self.head_inputs(self.policy, batch),
             batch.targets,
             ops.PolicyBatch(
                 old_logprob=batch.old_logprobs,
@@ -158,11 +156,15 @@ class Updater:
             banned=batch.banned,
         )
 
-    def _hidden(self, policy: Policy, batch: MicroBatch) -> Tensor:
-        """Return [N, H] hidden states of the trained rows only."""
+    def head_inputs(self, policy: Policy, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return hidden states [N, H] of the trained rows only, and the head's weight [V, H].
+
+        With `bf16` both are rounded to it, as autocast rounds the inputs of any other product.
+        """
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             hidden = policy.hidden(batch.input_ids, batch.position_ids, batch.row)
-        return hidden.index_select(0, batch.rows).to(policy.weight.dtype)
+        weight = policy.weight.to(torch.bfloat16) if self.args.bf16 else policy.weight
+        return hidden.index_select(0, batch.rows).to(weight.dtype), weight
 
     def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
         if self.reference is None:
@@ -176,10 +178,9 @@ class Updater:
         """Return statistics of the targets under a policy; None: the one that is trained."""
         policy = policy or self.policy
         with policy.attention(batch.row):  # type: ignore[attr-defined]
-            hidden = self._hidden(policy, batch)
+            inputs = self.head_inputs(policy, batch)
         return ops.linear_token_stats(
-            hidden,
-            policy.weight,
+            *inputs,
             batch.targets,
             bias=policy.bias,
             temperature=self.temperature,

@@ -1,4 +1,4 @@
-// The sampler's CUDA kernels and their bindings, on CPU tensors.
+// The CUDA kernels and their bindings, on CPU tensors.
 
 #include "bindings/cuda_bindings.h"
 
@@ -6,4 +6,5 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   eapo::bind_cuda_cache(m, eapo::Device::kCpu);
   eapo::bind_cuda_attention(m, eapo::Device::kCpu);
   eapo::bind_cuda_sample(m, eapo::Device::kCpu);
+  eapo::bind_cuda_rows(m, eapo::Device::kCpu);
 }

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from check_linear_loss import CU, batch_of, compare, head, loss, on
+from check_linear_loss import BACKEND, CU, batch_of, compare, head, loss, on
 
 from eapo_fast import ops, recipes
 from eapo_fast.kernels.linear_policy_loss import operator, triton_plan, triton_slabs
+from eapo_fast.kernels.linear_policy_loss.row_lists import row_list
 from eapo_fast.kernels.linear_token_stats import operator as stats_operator
-from eapo_fast.kernels.linear_token_stats.triton_kernel import Span, TritonHead
+from eapo_fast.kernels.linear_token_stats.library_head import LibraryHead, library_refusal
+from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
+from eapo_fast.kernels.linear_token_stats.triton_row_pass import Span
 from eapo_fast.recipes import Recipe
 
 BATCH_GLOBAL = ["clip_cov", "kl_cov", "steer", "lp_reg", "epo"]
@@ -34,13 +37,14 @@ def busy(name: str) -> Recipe:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every slab of logits."""
     rows: list[int] = []
-    make = TritonHead._logits
+    kind: Any = LibraryHead if BACKEND == "cuda" else TritonHead
+    make = kind._logits
 
-    def noted(self: TritonHead, span: Span) -> None:
+    def noted(self: Any, span: Span) -> None:
         rows.append(int(span.edges[1] - span.edges[0]))
         make(self, span)
 
-    monkeypatch.setattr(TritonHead, "_logits", noted)
+    monkeypatch.setattr(kind, "_logits", noted)
     return rows
 
 
@@ -134,14 +138,14 @@ def test_operators(name: str, device: torch.device) -> None:
     hidden, weight, targets = (x.to(device) for x in head(CU[-1], 30))
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     more = (targets, None, 0.9, 5.0, 30, None, None)
-    statistics = (*leaves, *more, "sum_p2 kept_mass", 25, "triton", 0.8)
+    statistics = (*leaves, *more, "sum_p2 kept_mass", 25, BACKEND, 0.8)
     torch.library.opcheck(stats_operator.token_stats, statistics, test_utils=checks)
     batch, recipe = on(batch_of(), device), recipes.get(name).replace(max_length=9).to_json()
     names = operator.metric_names(recipe, False, "")
     torch.library.opcheck(
         operator.policy_loss,
         (*leaves, targets, None, batch.old_logprob, batch.advantages, batch.cu_seqlens, batch.mask,
-         None, [], "", None, None, recipe, names, 0.9, None, 30, None, None, 25, "auto", "triton",
+         None, [], "", None, None, recipe, names, 0.9, None, 30, None, None, 25, "auto", BACKEND,
          True, True, False),
         test_utils=checks,
     )  # fmt: skip
@@ -152,6 +156,8 @@ def test_nothing_waits(name: str, device: torch.device) -> None:
     """On a GPU, where torch itself can tell; `test_triton_waits.py` asks without one."""
     if device.type != "cuda":
         pytest.skip("needs a GPU")
+    if BACKEND == "cuda":
+        pytest.skip("it asks for the number of rows")
     recipe = busy(name).replace(max_length=20)
     hidden, weight, targets = (x.to(device) for x in head(CU[-1], 60))
     batch = replace(on(batch_of(), device), num_tokens=28, num_sequences=4)
@@ -169,6 +175,58 @@ def test_nothing_waits(name: str, device: torch.device) -> None:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["eapo", "gspo", "gmpo", "cispo"])
+def test_what_needs_no_gradient(
+    name: str, masked: bool, per_token: bool, device: torch.device, read: list[int]
+) -> None:
+    """Tokens without an advantage are read, and take no part in the products behind."""
+    if BACKEND != "cuda":
+        pytest.skip("there they leave the list behind the logits")
+    recipe, batch = recipes.get(name).replace(beta=0.0, entropy_coef=0.0), batch_of()
+    assert batch.mask is not None
+    batch = replace(batch, ref_logprob=None, mask=batch.mask if masked else None)
+    if per_token:
+        batch = replace(
+            batch, advantages=batch.advantages.repeat_interleave(torch.tensor(CU).diff())
+        )
+    compare(head(CU[-1], 60), batch, recipe, device, chunk_size=12)
+    found = row_list(on(batch, device), recipe)
+    live = torch.ones(CU[-1], dtype=torch.bool) if batch.mask is None else batch.mask
+    idle = torch.zeros(CU[-1], dtype=torch.bool)
+    idle[CU[2] : CU[3]] = True
+    assert found.known == int(live.sum()) == int(found.count)
+    assert found.moving == int((live & ~idle).sum()) < found.known
+    order = found.rows.cpu()
+    assert sorted(order[: found.moving].tolist()) == (live & ~idle).nonzero().flatten().tolist()
+    assert sorted(order[: found.known].tolist()) == live.nonzero().flatten().tolist()
+    assert not found.in_order
+    assert sum(found.lengths) == (0 if recipe.locality == "token-local" else found.moving)
+    assert max(read) <= 12
+
+
+def test_rows_in_order_are_not_moved() -> None:
+    batch = replace(batch_of(), mask=None, ref_logprob=None)
+    for name, moved_out in (("eapo", True), ("kl_cov", False)):
+        assert row_list(batch, recipes.get(name)).in_order != moved_out
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="the other backend takes it")
+def test_float16_is_refused(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="float16 products; take 'triton'"):
+        compare(head(CU[-1], 60, dtype=torch.float16), batch_of(), recipes.get("eapo"), device)
+    assert library_refusal(torch.zeros(1, dtype=torch.bfloat16, device=device)) is None
+
+
+@pytest.mark.parametrize("vocab", [61, 64, 300])
+def test_padded_heads(vocab: int, device: torch.device) -> None:
+    """Logits of any number of columns, at distances that the library likes."""
+    inputs = head(CU[-1], 320, dtype=torch.bfloat16)
+    inputs = (*inputs[:2], inputs[2] % vocab)
+    compare(inputs, batch_of(), recipes.get("eapo"), device, vocab_size=vocab, chunk_size=9)
 
 
 def packed(lengths: list[int], most: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -211,7 +269,7 @@ def test_plans() -> None:
     wanted, frozen = (True, True, False), (True, False, False)
 
     def plan(name: str, most: int, of: tuple[bool, bool, bool] = wanted, how: str = "auto") -> str:
-        return triton_plan.choose_plan(how, batch, recipes.get(name), of, most)
+        return triton_plan.choose_plan(how, batch, recipes.get(name), of, fits=most >= CU[-1])
 
     assert plan("eapo", 4) == "rows"
     assert plan("gspo", 4) == "sequences"

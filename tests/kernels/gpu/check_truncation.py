@@ -15,7 +15,7 @@ from check_linear_loss import BIAS, CU, DTYPES, HOLES, assert_close, batch_of, c
 from torch import Tensor
 
 from eapo_fast import ops, recipes
-from eapo_fast.kernels.linear_token_stats import triton_kernel
+from eapo_fast.kernels.linear_token_stats import triton_kernel, triton_row_pass
 from eapo_fast.kernels.truncated_entropy.reference import truncated_entropy
 from eapo_fast.recipes import Recipe
 
@@ -35,8 +35,8 @@ CUTS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few columns at once, and few tokens near a border put aside: all ways through the search."""
-    monkeypatch.setattr(triton_kernel, "ROOM", 16)
-    monkeypatch.setattr(triton_kernel, "SPAN", 64)
+    monkeypatch.setattr(triton_row_pass, "ROOM", 16)
+    monkeypatch.setattr(triton_row_pass, "SPAN", 64)
 
 
 def check(
@@ -87,7 +87,7 @@ def test_equal_logits_are_kept_in_the_order_of_their_ids(
         bias=None, temperature=1.0, softcap=None, vocab_size=100, banned=None, chunk_size=None,
     )  # fmt: skip
     for cut, kept in (((0.295, None), 29), ((None, 41), 41), ((0.5, 12), 12), ((0.995, None), 99)):
-        found.truncation = triton_kernel.Cut(*cut)
+        found.truncation = triton_row_pass.Cut(*cut)
         found.read(0, 1, keep=False)
         assert float(found.state[0, 8]) == kept - 1
         torch.testing.assert_close(float(found.extra("kept_mass")), kept / 100)
@@ -108,7 +108,7 @@ def test_which_tokens_are_kept(device: torch.device, little_room: None) -> None:
     )  # fmt: skip
     cuts = [CUTS[name] for name in ("top_p", "nothing", "top_k", "all three")]
     for cut in (*cuts, {"top_p": 0.5}, {"top_k": 64}, {"min_p": 1.0}, {"min_p": 0.4}):
-        own.truncation = triton_kernel.Cut(**cut)
+        own.truncation = triton_row_pass.Cut(**cut)
         own.read(0, 9, keep=False)
         border, last = (x[:, None].cpu() for x in own.state[:, 7:].unbind(1))
         logits = weight.T
@@ -126,8 +126,8 @@ def test_which_tokens_are_kept(device: torch.device, little_room: None) -> None:
 
 def test_large_vocabulary(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":  # where time goes with the number of blocks
-        monkeypatch.setattr(triton_kernel, "SPAN", 1 << 15)
-        monkeypatch.setattr(triton_kernel, "ROOM", 1 << 13)
+        monkeypatch.setattr(triton_row_pass, "SPAN", 1 << 15)
+        monkeypatch.setattr(triton_row_pass, "ROOM", 1 << 13)
     check(head(1, 151_936, width=4), device, top_p=0.8, top_k=10_000)
 
 
@@ -138,7 +138,7 @@ def test_rows_without_a_distribution(device: torch.device) -> None:
         hidden.to(device), weight.to(device), targets.to(device), bias=None, temperature=1.0,
         softcap=None, vocab_size=70, banned=None, chunk_size=None,
     )  # fmt: skip
-    own.truncation = triton_kernel.Cut(0.8)
+    own.truncation = triton_row_pass.Cut(0.8)
     own.read(0, 3, keep=False)
     for name in EXTRAS:
         assert own.extra(name).isfinite().tolist() == [True, False, True]

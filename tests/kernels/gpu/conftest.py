@@ -31,12 +31,13 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
 
     import eapo_fast
     from eapo_fast.kernels import kv_write, native, paged_attention, sample
+    from eapo_fast.kernels.linear_token_stats import cuda_rows
 
     module = emulated_cuda.load(Path(request.config.cache.mkdir("cuda_emulator")))
     patch = pytest.MonkeyPatch()
     patch.setitem(sys.modules, "eapo_fast._cuda", module)
     patch.setattr(eapo_fast, "_cuda", module, raising=False)
-    for user in (native, kv_write, paged_attention, sample):
+    for user in (native, kv_write, paged_attention, sample, cuda_rows):
         patch.setattr(user, "cuda_refusal", lambda tensor, dtypes=(): None)
     yield
     patch.undo()
