@@ -149,7 +149,9 @@ def make_model(bpe_tokenizer: Any) -> Callable[..., Any]:
         }
         settings |= _SETTINGS | _CHANGES.get(kind, {}) | changes
         config = AutoConfig.for_model(kind, **{k: v for k, v in settings.items() if v is not None})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Not every transformers gives a model with soft caps an attention that has them.
+        capped = {"attn_implementation": "eager"} if kind == "gemma2" else {}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **capped)
         model.generation_config.eos_token_id = bpe_tokenizer.eos_token_id
         if spread is not None:
             with torch.no_grad():

@@ -27,11 +27,11 @@ from eapo_fast.engine.fused_forwards import (
     FusedNorm,
     Norm,
     Unit,
-    attention_unit,
     mlp_unit,
     norm_unit,
 )
 from eapo_fast.engine.fused_layers import following_norms, layer_unit
+from eapo_fast.engine.fused_rotary import attention_unit
 from eapo_fast.engine.fused_target import Target, target_of
 from eapo_fast.engine.mode import Step, held_together
 
