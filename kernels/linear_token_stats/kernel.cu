@@ -131,8 +131,7 @@ __device__ Sums sums_of(const Part<T>& part, float scale, int64_t target) {
       sums.add(x, scale);
     }
   }
-  const int own = part.own_vector(target);
-  if (own >= 0) sums.hit = to_float(reinterpret_cast<const T*>(part.kept + own)[target % kWide<T>]);
+  if (part.owns(target)) sums.hit = part.at(target);
   return sums;
 }
 
@@ -159,11 +158,13 @@ __device__ Row<T> row_of(const RunRowsArgs& args, int64_t place, int64_t start, 
 }
 
 // Writes value(x) for every logit x of the part, and fetches the next row in its place.
-template <typename T, typename Out, typename Value>
-__device__ void stream(Part<T>& part, Out* out, const Row<T>& next, Value value) {
+template <bool kStore, typename T, typename Out, typename Value>
+__device__ void stream(Part<T>& part, Out* row, const Row<T>& next, Value value) {
   constexpr int kPair = 2;  // vectors of a thread at once
-  const bool fast = (!next.there || is_aligned(next.z, 16)) &&
-                    is_aligned(out, kWide<T> * static_cast<int>(sizeof(Out)));
+  Out* const out = row + part.first;
+  const T* const z = next.z + part.first;
+  const bool fast = (!next.there || is_aligned(z, 16)) &&
+                    (!kStore || is_aligned(out, kWide<T> * static_cast<int>(sizeof(Out))));
   const int size = part.stage_size();
   float x[kPair][kWide<T>];
 #pragma unroll 1
@@ -171,7 +172,7 @@ __device__ void stream(Part<T>& part, Out* out, const Row<T>& next, Value value)
     const int stop = min(part.count, (stage + 1) * size), whole = fast ? min(stop, part.whole) : 0;
     int i = stage * size + static_cast<int>(threadIdx.x);
     for (; i + (kPair - 1) * kThreads < whole; i += kPair * kThreads) {
-      if (out != nullptr) {
+      if constexpr (kStore) {
 #pragma unroll
         for (int c = 0; c < kPair; ++c) open_vector<T>(part.kept[i + c * kThreads], x[c]);
 #pragma unroll
@@ -183,11 +184,11 @@ __device__ void stream(Part<T>& part, Out* out, const Row<T>& next, Value value)
       }
       if (next.there) {
 #pragma unroll
-        for (int c = 0; c < kPair; ++c) part.fetch_fast(next.z, i + c * kThreads);
+        for (int c = 0; c < kPair; ++c) part.fetch_fast(z, i + c * kThreads);
       }
     }
     for (; i < stop; i += kThreads) {
-      if (out != nullptr) {
+      if constexpr (kStore) {
         open_vector<T>(part.kept[i], x[0]);
 #pragma unroll
         for (float& entry : x[0]) entry = value(entry);
@@ -199,9 +200,9 @@ __device__ void stream(Part<T>& part, Out* out, const Row<T>& next, Value value)
       }
       if (!next.there) continue;
       if (i < whole) {
-        part.fetch_fast(next.z, i);
+        part.fetch_fast(z, i);
       } else {
-        part.fetch(next.z, i);
+        part.fetch(z, i);
       }
     }
     commit_copies();
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     rows(const __grid_constant__ RunRowsArgs args) {
   Meeting& meeting = *static_cast<Meeting*>(dynamic_shared());
   const int blocks = args.cluster, rank = static_cast<int>(blockIdx.x) % blocks;
-  Part<T> part(&meeting + 1, args.vocab, rank * args.part, args.part);
+  Part<T> part(&meeting + 1, args.vocab, rank * args.part * kWide<T>, args.part);
   const float scale = args.inverse * kLog2e;
   const int64_t start = args.span[0], stop = min(args.span[1], start + args.size);
   const int64_t clusters = gridDim.x / static_cast<unsigned>(blocks);
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (threadIdx.x < 2) meeting.boxes[threadIdx.x].open();
   Out* const nowhere = nullptr;
   const auto zero = [](float) { return 0.0f; };
-  stream(part, nowhere, row, zero);
+  stream<false>(part, nowhere, row, zero);
   cluster_sync();
   for (int turn = 0; row.there; ++turn) {
     const Row<T> next = row_of<T>(args, row.place + clusters, start, stop);
@@ -238,16 +239,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
     Out* const out = static_cast<Out*>(args.out) +
                      (args.given ? row.source : row.place) * args.out_stride;
     if (!args.gradient || (flat && !args.zeros)) {
-      stream(part, nowhere, next, zero);
+      stream<false>(part, nowhere, next, zero);
     } else if (flat) {
-      stream(part, out, next, zero);
+      stream<true>(part, out, next, zero);
     } else {
       if (found.b == 0.0f) {
-        stream(part, out, next, [&](float x) { return bend.template of<false>(x); });
+        stream<true>(part, out, next, [&](float x) { return bend.template of<false>(x); });
       } else {
-        stream(part, out, next, [&](float x) { return bend.template of<true>(x); });
+        stream<true>(part, out, next, [&](float x) { return bend.template of<true>(x); });
       }
-      if (part.own_vector(token.target) >= 0) {  // the one-hot term, by who wrote the entry
+      if (part.owns(token.target)) {  // the one-hot term, by who wrote the entry
         const float step = found.logprob > minus_infinity() ? found.a * args.inverse : 0.0f;
         out[token.target] = from_float<Out>(step + bend.template of<true>(sums.hit));
       }
