@@ -35,9 +35,7 @@ class OnGpu(Tensor):
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _Devices.call(func, args, kwargs or {})
 
 
@@ -81,9 +79,7 @@ def _is_gpu(device: Any) -> bool:
 class _Devices(TorchFunctionMode):
     """Runs torch's functions on the CPU and keeps account of devices."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.call(func, args, kwargs or {})
 
     @classmethod
@@ -159,7 +155,11 @@ class _Devices(TorchFunctionMode):
             crosses = target is not None and _is_gpu(target) != isinstance(tensor, OnGpu)
             if crosses and moved.data_ptr() == tensor.data_ptr():
                 moved = moved.clone()
-            if target is None and moved.data_ptr() == tensor.data_ptr() and moved.dtype == tensor.dtype:
+            if (
+                target is None
+                and moved.data_ptr() == tensor.data_ptr()
+                and moved.dtype == tensor.dtype
+            ):
                 return tensor
         ends_here = isinstance(tensor, OnGpu) if target is None else _is_gpu(target)
         if ends_here and not crosses and moved.dtype == tensor.dtype and not kwargs.get("copy"):
