@@ -8,8 +8,9 @@ it is the Triton head, launch for launch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ _ALIGNED = 8
 """Distances of rows are multiples of this many logits, which the library's fast products want."""
 
 
-class RowList(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class RowList:
     """The masked-in rows of a batch, and what the host knows about them."""
 
     rows: Tensor

@@ -103,7 +103,7 @@ def _checked(rows: RowPass, found: LossOutput) -> LossOutput:
 
 
 def _block(logits: Tensor) -> int:
-    return min(_BLOCK, triton.next_power_of_2(logits.shape[1]))
+    return min(_BLOCK, int(triton.next_power_of_2(logits.shape[1])))
 
 
 class _Known(Function):

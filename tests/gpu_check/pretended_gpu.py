@@ -155,8 +155,11 @@ class _Devices(TorchFunctionMode):
             crosses = target is not None and _is_gpu(target) != isinstance(tensor, OnGpu)
             if crosses and moved.data_ptr() == tensor.data_ptr():
                 moved = moved.clone()
-            same = moved.data_ptr() == tensor.data_ptr() and moved.dtype == tensor.dtype
-            if target is None and same:
+            if (
+                target is None
+                and moved.data_ptr() == tensor.data_ptr()
+                and moved.dtype == tensor.dtype
+            ):
                 return tensor
         ends_here = isinstance(tensor, OnGpu) if target is None else _is_gpu(target)
         if ends_here and not crosses and moved.dtype == tensor.dtype and not kwargs.get("copy"):
