@@ -128,9 +128,8 @@ class _Run:
         at_once = 1 if self.device == "cpu" else len(due)
         scale = self._options.seconds / LIMIT
         until = self._start + scale * box_end(stages[0].number)
-        outcomes += run_side_by_side(
-            due, self._variables(), at_once=at_once, scale=scale, until=until
-        )
+        variables = self._variables() | _threads(at_once)
+        outcomes += run_side_by_side(due, variables, at_once=at_once, scale=scale, until=until)
         for outcome in outcomes:
             self.report["stages"].append(outcome.to_dict())
             print(f"{outcome.stage}: {outcome.status} in {outcome.seconds:.1f} s", flush=True)
@@ -206,6 +205,13 @@ class _Run:
                 self._environment = {k: v for k, v in found.items() if k not in ("kind", "name")}
                 self.report["environment"] = self._environment
                 self.device = self.device or ("cuda" if self._environment.get("gpu") else "")
+
+
+def _threads(stages: int) -> dict[str, str]:
+    """Return the variables by which stages that run side by side share the cores."""
+    if stages < 2 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // stages))}
 
 
 def box_end(number: int) -> float:

@@ -35,9 +35,7 @@ class OnGpu(Tensor):
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _Devices.call(func, args, kwargs or {})
 
 
@@ -81,9 +79,7 @@ def _is_gpu(device: Any) -> bool:
 class _Devices(TorchFunctionMode):
     """Runs torch's functions on the CPU and keeps account of devices."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.call(func, args, kwargs or {})
 
     @classmethod
@@ -102,6 +98,8 @@ class _Devices(TorchFunctionMode):
             here = _is_gpu(given)
         elif here:
             cls._check(name, args, leaves)
+        if "out_dtype" in kwargs and here:
+            return cls._widening(name, args, kwargs)
         before = _used_by_gpu[0]
         if getattr(func, "namespace", "") == "eapo_fast" or name in ("backward", "grad"):
             _used_by_gpu[0] = here
@@ -117,6 +115,19 @@ class _Devices(TorchFunctionMode):
         if isinstance(found, Tensor):
             return mark(found)
         return tree_map_only(Tensor, mark, found) if isinstance(found, (tuple, list)) else found
+
+    @staticmethod
+    def _widening(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Do products of bfloat16 that come out in float32, which torch has on GPUs only."""
+        kind, out = kwargs["out_dtype"], kwargs["out"]
+        with torch._C.DisableTorchFunction():
+            *added, left, right = args
+            found = left.to(kind) @ right.to(kind)
+            assert name == ("addmm" if added else "mm")
+            assert out.dtype == kind
+            assert all(x.dtype == kind and x.shape == found.shape for x in added)
+            out.copy_(found + added[0] if added else found)
+        return out
 
     @staticmethod
     def _check(name: str, args: Any, leaves: list[Tensor]) -> None:
@@ -159,7 +170,11 @@ class _Devices(TorchFunctionMode):
             crosses = target is not None and _is_gpu(target) != isinstance(tensor, OnGpu)
             if crosses and moved.data_ptr() == tensor.data_ptr():
                 moved = moved.clone()
-            if target is None and moved.data_ptr() == tensor.data_ptr() and moved.dtype == tensor.dtype:
+            if (
+                target is None
+                and moved.data_ptr() == tensor.data_ptr()
+                and moved.dtype == tensor.dtype
+            ):
                 return tensor
         ends_here = isinstance(tensor, OnGpu) if target is None else _is_gpu(target)
         if ends_here and not crosses and moved.dtype == tensor.dtype and not kwargs.get("copy"):

@@ -99,6 +99,39 @@ def test_correctness_sees_what_is_wrong(
     assert not any(r["passed"] for r in checks)
 
 
+def test_what_the_kernels_checks_print(make_request: Callable[..., Any]) -> None:
+    from gpu_check import suites
+    from gpu_check.records import Recorder, read_records
+
+    folder = "tests/kernels/gpu/check_"
+    text = "\n".join([
+        f"[gw0] [ 10%] PASSED {folder}sample.py::test_a[1] ",
+        f"[gw1] [ 20%] PASSED {folder}kv_write.py::test_b ",
+        f"[gw0] [ 30%] FAILED {folder}sample.py::test_c ",
+        f"[gw0] [ 40%] SKIPPED {folder}kv_write.py::test_d ",
+        "=== short test summary info ===",
+        f"FAILED {folder}sample.py::test_c - AssertionError: 2 times its bound",
+    ])  # fmt: skip
+    names_ = ["kv_write", "sample", "truncation"]
+
+    def found(code: int | None, printed: str = text) -> dict[str, dict[str, Any]]:
+        request = make_request(f"tests-{code}-{len(printed)}")
+        suites.report(printed, code, "triton", names_, Recorder(request))
+        return {r["name"]: r for r in read_records(Path(request.results))}
+
+    whole, cut = found(1), found(None)
+    assert whole["check_kv_write triton"]["passed"]
+    assert whole["check_kv_write triton"]["skipped"] == 1
+    assert not whole["check_sample triton"]["passed"]
+    assert "2 times its bound" in whole["check_sample triton"]["failures"][0]
+    assert not whole["check_truncation triton"]["passed"]  # none of its tests ran
+    assert (cut["check_kv_write triton"]["kind"], cut["check_sample triton"]["kind"]) == (
+        "skip", "check",
+    )  # fmt: skip
+    broken = found(4, "ImportError: no such module")
+    assert "ImportError" in broken["checks on triton ran"]["output"]
+
+
 def test_new_memory_is_poisoned() -> None:
     from gpu_check.correctness import poisoned
 
