@@ -103,7 +103,7 @@ def report(text: str, code: int | None, backend: str, names: list[str], recorder
             recorder.skip(label, f"the time box was used up; so far {whole or 'nothing'}")
         else:
             passed = not bad and found["PASSED"] > 0
-            recorder.check(label, passed, **whole, failures=failures[name][:_SHOWN])
+            recorder.check(label, passed, tests=whole, failures=failures[name][:_SHOWN])
     if code not in (0, None) and not any(c["FAILED"] + c["ERROR"] for c in counts.values()):
         last = "\n".join(text.splitlines()[-25:])
         recorder.check(f"checks on {backend} ran", False, status=code, output=last)
