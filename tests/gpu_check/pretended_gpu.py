@@ -238,6 +238,10 @@ def _as_cpu(module: torch.nn.Module) -> None:
             part._buffers[name] = plain(held)
 
 
+def _plain_type(value: Any) -> type:
+    return Tensor if isinstance(value, OnGpu) else type(value)
+
+
 class _Event:
     def __init__(self, **_: Any) -> None:
         self.at = 0.0
@@ -296,6 +300,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pretend within the block that this machine has a GPU."""
     from triton.runtime import interpreter
 
+    from eapo_fast.engine import fused_target, head
     from eapo_fast.engine.graphs import DecodeGraphs
 
     stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
@@ -329,7 +334,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(torch.cuda, name, fake)
     for name in ("to", "cuda"):
         monkeypatch.setattr(torch.nn.Module, name, _moving(getattr(torch.nn.Module, name)))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(DecodeGraphs, "_record", _record)
+    for module in (head, fused_target):  # they take no subclasses of tensors but these
+        monkeypatch.setattr(module, "type", _plain_type, raising=False)
     _map_autocast(monkeypatch)
     _open_operators(monkeypatch)
     launch = interpreter.GridExecutor.__call__
