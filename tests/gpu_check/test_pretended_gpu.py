@@ -91,6 +91,15 @@ def test_the_sampler_s_benchmark(run_stage: Callable[[str], Any]) -> None:
     assert "decode step, tiny shape, 16 rows: share of GEMM + KV floor" in names
 
 
+def test_the_kernels_benchmark(run_stage: Callable[[str], Any]) -> None:
+    """Nothing but references here: what the stage itself does must fit a GPU."""
+    found = run_stage("bench_kernels")
+    assert not found["check"]
+    assert {"decode, 4 x 130 keys, triton", "rotary, 5 tokens, triton"} <= {
+        r["name"] for r in found["skip"]
+    }
+
+
 @pytest.mark.slow
 def test_the_step_s_benchmark(run_stage: Callable[[str], Any]) -> None:
     """Rollouts, consults and updates under bfloat16 autocast; a trace that shows nothing."""

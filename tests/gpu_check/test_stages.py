@@ -314,6 +314,15 @@ def test_sampler_benchmark(run_stage: Callable[..., Any], one_thread: None) -> N
     assert "generate, tiny shape, 16 rows: ours over it" in figures
 
 
+def test_kernels_benchmark(run_stage: Callable[..., Any], one_thread: None) -> None:
+    records = run_stage("bench_kernels")
+    figures = {r["name"]: r["value"] for r in records if r["kind"] == "figure"}
+    launches = [n.removesuffix(": share of its floor") for n in figures if n.endswith("floor")]
+    assert len(launches) == 11
+    assert {f"values of {name}" for name in launches} == set(names(records, "check"))
+    assert all(figures[name] > 0 for name in launches)
+
+
 def test_step_benchmark(run_stage: Callable[..., Any], one_thread: None) -> None:
     records = run_stage("bench_step")
     (check,) = [r for r in records if r["kind"] == "check"]
