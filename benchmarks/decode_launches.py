@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ KERNELS = ("gated_activation", "kv_write", "paged_attention", "rms_norm", "rotar
 
 
 class Launches(TorchDispatchMode):
-    """Counts the ops that compute, by name."""
+    """Counts the ops that compute, by name; raises for one between the host and the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +43,11 @@ class Launches(TorchDispatchMode):
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in results)
         if not is_view and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
             self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        found = [x for x in (*args, *(kwargs or {}).values(), result) if isinstance(x, Tensor)]
+        if len({x.device.type for x in found}) > 1:
+            raise RuntimeError(f"{name} goes between the host and the device")
+        return result
 
 
 @contextmanager
@@ -52,14 +57,18 @@ def on_meta(*, fused: bool) -> Iterator[list[Any]]:
     import triton_aot
 
     from eapo_fast.engine import fused as modules
-    from eapo_fast.engine import fused_forwards, fused_layers
+    from eapo_fast.engine import fused_forwards, fused_layers, fused_rotary
     from eapo_fast.engine.fused_target import Target
     from eapo_fast.kernels import native
 
     target = Target(torch.device("meta"), "triton", native.GPU_STORAGE) if fused else None
     with ExitStack() as stack:
         stack.enter_context(patch.object(modules, "target_of", lambda _: target))
-        for tried in (fused_forwards, fused_layers):  # trials look at numbers; tests run them
+        for tried in (
+            fused_forwards,
+            fused_layers,
+            fused_rotary,
+        ):  # trials look at numbers; tests run them
             stack.enter_context(patch.object(tried, "trial", lambda _: True))
         # torch knows no autocast there, and says so
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *_: False))
@@ -106,7 +115,7 @@ def count(rows: int, *, layers: int, fused: bool, shared: bool = True) -> Counte
             longest=(1, BLOCKS * BLOCK_SIZE),
         )
     with on_meta(fused=fused) as kernels, fused_modules(model), torch.no_grad():
-        paged_logits(model, step, longs, longs)  # allocates the pool
+        paged_logits(model, step, longs, longs)  # allocates the pool, shows the model's habits
         kernels.clear()
         with Launches() as ops:
             logits = paged_logits(model, step, longs, longs)

@@ -4,7 +4,8 @@
 
 CUDA: nvcc's report (-Xptxas -v) for sm_80 and sm_90a, and PTX for compute_90. Triton: the kernels
 of the losses, compiled as their host code launches them on a head of Qwen2.5-0.5B's vocabulary,
-with SIREN's search for a border and the kernel that cuts slabs.
+with SIREN's search for a border and the kernel that cuts slabs; and the pieces of a layer of
+Qwen2.5-0.5B's shape.
 """
 
 from __future__ import annotations
@@ -88,6 +89,24 @@ def triton_lines() -> list[str]:
     return lines
 
 
+def layer_lines() -> list[str]:
+    """Return one line for each variant of the pieces of a layer of Qwen2.5-0.5B's shape."""
+    import test_triton_compile as sampler
+    import triton_aot
+
+    lines = []
+    flags = ("ADD", "UNIT_OFFSET", "CAST", "GELU", "ROUND")
+    for capability in (80, 90):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for launch in {triton_aot.variant(x): x for x in sampler.layer(dtype)}.values():
+                on = [name.lower() for name in flags if launch.constants.get(name)]
+                if launch.constants.get("REST"):
+                    on.append("half of a head")
+                note = ", ".join([str(dtype).removeprefix("torch."), *on])
+                lines.append(triton_line(triton_aot, launch, capability, note))
+    return lines
+
+
 def triton_line(aot: Any, launch: Any, capability: int, note: str) -> str:
     """Compile a launch and return its line."""
     found = aot.compiled(launch, capability)
@@ -109,6 +128,7 @@ def main() -> None:
 
     print(f"\nTriton {triton.__version__}")
     print("\n".join(triton_lines()))
+    print("\n".join(layer_lines()))
 
 
 if __name__ == "__main__":

@@ -188,38 +188,43 @@ def linear_policy_loss(trial: Trial) -> None:
 
 
 def logits_policy_loss(trial: Trial) -> None:
-    """Loss and gradient of recipes of each kind, in place and not; masked rows hold NaN."""
+    """Loss and gradients of recipes of single tokens and of sequences; masked rows hold NaN."""
     from eapo_fast import ops, recipes
 
-    sizes = [(19, 300)] if trial.small else [(77, 1 + trial.random.randrange(9000)), (33, 151_936)]
-    names = ("eapo", "gspo") if trial.small else ("eapo", "gspo", "cispo", "gmpo", "kl_cov")
-    for index, name in enumerate(names):
-        rows, vocab = sizes[index % len(sizes)]
+    sizes = [(19, 300), (5, 4097), (3, 50_257)]
+    if not trial.small:
+        odd = trial.random.randrange(2, 9000)
+        sizes += [(150, odd), (330, 60_000), (33, 151_936)]
+    names = ("eapo", "gspo", "cispo")
+    for index, (rows, vocab) in enumerate(sizes):
         logits, targets = trial.normal(rows, vocab, scale=2.0), trial.integers(vocab, rows)
-        own = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        cuts = sorted(trial.random.sample(range(1, rows), min(4, rows - 1)))
         mask = torch.rand(rows, generator=trial.generator) > 0.3
-        cuts = sorted(trial.random.sample(range(1, rows), 3))
+        own = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        noise = 0.1 * torch.randn(rows, generator=trial.generator)
         batch = {
-            "old_logprob": (own + 0.1 * torch.randn(rows, generator=trial.generator)).float(),
-            "advantages": 100 * torch.randn(len(cuts) + 1, generator=trial.generator),
+            "old_logprob": (own + noise).float(),
+            "advantages": torch.randn(len(cuts) + 1, generator=trial.generator),
             "cu_seqlens": torch.tensor([0, *cuts, rows]),
             "mask": mask,
-            "ref_logprob": own.float(),
+            "ref_logprob": (own - noise).float(),
         }
+        bonus = 0.01 if index % 2 else 0.0
+        recipe = recipes.get(names[index % len(names)]).replace(beta=0.05, entropy_coef=bonus)
         logits[~mask] = torch.nan
         results = []
         for exactly in (True, False):
             move = widened if exactly else lambda x: to_device(x, trial.device)
             leaf = move(logits).detach().clone().requires_grad_()
-            inputs = (move(targets), ops.PolicyBatch(**move(batch)), recipes.get(name))
+            inputs = (leaf * 1, move(targets), ops.PolicyBatch(**move(batch)), recipe)
             out = (
-                ops.logits_policy_loss(leaf, *inputs, backend="reference")
+                ops.logits_policy_loss(*inputs, backend="reference")
                 if exactly
-                else trial.call(ops.logits_policy_loss, leaf * 1, *inputs, in_place=index % 2 == 0)
+                else trial.call(ops.logits_policy_loss, *inputs, in_place=bool(index % 3))
             )
             results.append((out, torch.autograd.grad(out.loss, leaf)[0]))
         (want, wanted), (got, gradient) = results
-        size = f"{name}, {rows} x {vocab}"
+        size = f"{recipe.name}, {rows} x {vocab}"
         trial.compare(f"loss, {size}", got.loss, want.loss, 2 * STATISTICS, floor=LOSS_FLOOR)
         trial.compare(f"gradient, {size}", gradient, wanted, GRADIENTS[trial.dtype])
 

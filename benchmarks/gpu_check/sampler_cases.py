@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpu_check.correctness import Trial, to_device
+from gpu_check.records import RefusedError
 
 # The float64 oracle of paged attention and its bounds are those of the tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/kernels/gpu"))
@@ -170,10 +171,116 @@ def _choices(trial: Trial, count: int, values: list[float]) -> Tensor:
     return torch.tensor([float(trial.random.choice(values)) for _ in range(count)])
 
 
+FORMS: tuple[dict[str, bool], ...] = (
+    {},
+    {"cast_before_weight": False},
+    {"cast_before_weight": False, "unit_offset": True},
+)
+"""Spellings of an RMS norm: Llama's, OLMo 2's, Gemma's."""
+
+
+def rms_norm(trial: Trial) -> None:
+    """Rows at a distance, alone and after a residual sum, whose bits are torch's."""
+    from eapo_fast.kernels.rms_norm import add_rms_norm as add
+    from eapo_fast.kernels.rms_norm import rms_norm as op
+
+    rng = trial.random
+    widths = (1, 48, 100) if trial.small else (1, 64, 100, 896, 1536, 3584, 8192, 10_001)
+    for width in widths:
+        rows, form = rng.randrange(1, 9 if trial.small else 700), rng.choice(FORMS)
+        x, residual = trial.normal(rows, width + 3)[:, 2:-1], trial.normal(rows, width)
+        weight = trial.normal(width)
+        inputs = [x.to(trial.device), weight.to(trial.device), 1e-5]
+        want = op(x.double(), weight.double(), 1e-5, **form, backend="reference")
+        got = trial.call(op, *inputs, **form)
+        trial.compare(f"{rows} rows of {width}, {form}", got, want, _rounding(trial))
+        total, normed = trial.call(add, x.to(trial.device), residual.to(trial.device),
+                                   *inputs[1:], **form)  # fmt: skip
+        _equal(trial, f"sum of {rows} x {width}", [total], [x + residual])
+        again = trial.call(op, total, *inputs[1:], **form)
+        _equal(trial, f"norm of that sum, {form}", [normed], [again.cpu()])
+
+
+def gated_activation(trial: Trial) -> None:
+    """Halves of one product, and tensors of their own."""
+    from eapo_fast.kernels.gated_activation import KINDS
+    from eapo_fast.kernels.gated_activation import gated_activation as op
+
+    rng = trial.random
+    for width in (1, 48, 100) if trial.small else (1, 100, 1000, 4864, 18_944):
+        rows, kind = rng.randrange(1, 9 if trial.small else 300), rng.choice(KINDS)
+        both = trial.normal(rows, 2 * width, scale=3.0)
+        gate, up = both.chunk(2, dim=-1)
+        want = op(gate.double(), up.double(), kind, backend="reference")
+        got = trial.call(op, *both.to(trial.device).chunk(2, dim=-1), kind)
+        trial.compare(f"{rows} rows of {width}, {kind}", got, want, _rounding(trial))
+        again = trial.call(op, gate.contiguous().to(trial.device), up.to(trial.device), kind)
+        _equal(trial, f"{rows} rows of {width}, apart", [again], [got.cpu()])
+
+
+def rotary(trial: Trial) -> None:
+    """Bit for bit what torch gives; then the same with keys and values written into a cache."""
+    from eapo_fast.kernels.rotary import rotary as op
+    from eapo_fast.kernels.rotary import rotary_kv_write as write
+
+    rng = trial.random
+    for q_heads, k_heads, dim in HEADS[2:4] if trial.small else HEADS:
+        tokens, turned = (
+            rng.randrange(1, 9 if trial.small else 600),
+            rng.choice([dim, dim // 4 * 2]),
+        )
+        angles = torch.randn(1, tokens, turned, generator=trial.generator)
+        kind = rng.choice([trial.dtype, torch.float32])
+        cos, sin = angles.cos().to(kind), angles.sin().to(kind)
+        q, k, v = (trial.normal(1, tokens, n, dim) for n in (q_heads, k_heads, k_heads))
+        want = op(q.transpose(1, 2), k.transpose(1, 2), cos, sin, backend="reference")
+        here = [x.to(trial.device) for x in (q, k, v, cos, sin)]
+        got = trial.call(op, here[0].transpose(1, 2), here[1].transpose(1, 2), *here[3:])
+        what = f"{tokens} tokens, {q_heads}/{k_heads} heads of {dim}, {turned} turned by {kind}"
+        _equal(trial, what, list(got), list(want))
+        slots = torch.randperm(tokens + 5, generator=trial.generator)[:tokens]
+        caches = [torch.zeros(tokens + 5, 1, k_heads, dim, dtype=trial.dtype) for _ in "kv"]
+        filled = [cache.clone() for cache in caches]
+        filled[0][slots, 0], filled[1][slots, 0] = want[1][0].transpose(0, 1), v[0]
+        caches = [cache.to(trial.device) for cache in caches]
+        out = trial.call(write, *(x[0] for x in here), *caches, slots.to(trial.device))
+        _equal(
+            trial, f"into a cache, {what}", [out, *caches], [want[0][0].transpose(0, 1), *filled]
+        )
+
+
+def _rounding(trial: Trial) -> float:
+    """Bound of the relative error of a float32 result that was rounded twice."""
+    return {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(trial.dtype, 0.0) + 2e-6
+
+
+def fused_modules(trial: Trial) -> None:
+    """Small random models: every module of theirs that is known is fused, and logits stay."""
+    if trial.device == "cpu" or trial.backend != "triton":
+        raise RefusedError("backend: fused modules take Triton on a GPU")
+    from eapo_fast.engine.fused import fused_modules as fuse
+    from gpu_check.sampler import random_model
+
+    ids = trial.integers(200, 2, 40).to(trial.device)
+    for kind, fused in (("llama", 16), ("qwen2", 16), ("qwen3", 22), ("gemma2", 22)):
+        model = random_model(kind).to(trial.device, trial.dtype)
+        with torch.no_grad():
+            want = model(ids, use_cache=False).logits
+            with fuse(model):
+                found = sum("forward" in vars(module) for module in model.modules())
+                got = model(ids, use_cache=False).logits
+        trial.take(f"{kind}: {found} modules of {fused} are fused", 0.0 if found == fused else 9.0)
+        trial.compare(f"{kind}: logits", got, want.cpu(), 16 * _rounding(trial))
+
+
 CASES = {
     "paged_attention": paged_attention,
     "kv_write": kv_write,
     "copy_blocks": copy_blocks,
     "sample": sample,
+    "rms_norm": rms_norm,
+    "gated_activation": gated_activation,
+    "rotary": rotary,
+    "fused_modules": fused_modules,
 }
 """The sampler's ops by name."""

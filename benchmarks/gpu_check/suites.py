@@ -20,9 +20,8 @@ from gpu_check.records import Recorder, Request
 
 _QUICK = ("kv_write", "test_kv_write_of_slices")
 """What stands for them all where sizes are small: the test suite runs the rest."""
-
-_ON_THE_LIBRARY = ("linear_loss", "linear_plans")
-"""Checks of ops whose backend "cuda" multiplies by torch."""
+_BOTH = ("linear_loss", "linear_plans", "logits_loss")
+"""Files of ops whose backend "cuda" has its kernel elsewhere."""
 
 _SHARES = {"triton": 2, "cuda": 4}
 """Of the cores: one in so many gets a process."""
@@ -56,7 +55,7 @@ def run(request: Request, recorder: Recorder) -> None:
 
 def _on_cuda(name: str, root: Path) -> bool:
     own = (root / "kernels" / name / "kernel.cu").exists()
-    return own or name.startswith("cuda_") or name in _ON_THE_LIBRARY
+    return own or name.startswith("cuda_") or name in _BOTH
 
 
 def _run_files(request: Request, recorder: Recorder, backend: str, names: list[str]) -> None:

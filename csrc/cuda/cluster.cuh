@@ -30,7 +30,10 @@ struct Mailbox {
 #if !defined(__CUDACC__)
     emulated_mailbox_open(&state);
 #elif EAPO_CLUSTERS
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&state)) : "memory");
+    asm volatile(
+        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+        "fence.mbarrier_init.release.cluster;" ::"r"(shared_address(&state))
+        : "memory");
 #endif
   }
 

@@ -38,7 +38,7 @@ def kv_write(
     Raises `ValueError` for shapes, dtypes or devices that do not fit, and for a backend that cannot
     run here; slots past the cache are not looked for on a GPU.
     """
-    _check(k, v, k_cache, v_cache, slots)
+    check_kv_write(k, v, k_cache, v_cache, slots)
     chosen = choose_backend(
         "kv_write",
         backend,
@@ -100,7 +100,8 @@ def copy_blocks(
         reference.copy_blocks(listed, copies)
 
 
-def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def check_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Raise `ValueError` for shapes, dtypes or devices that do not fit; values are not read."""
     dtype, device = (k_cache.dtype,), k_cache.device
     check_tensor("k_cache", k_cache, ["blocks", "block_size", "Hkv", "D"], dtype)
     check_tensor("v_cache", v_cache, k_cache.shape, dtype, device)

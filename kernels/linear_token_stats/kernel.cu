@@ -17,6 +17,7 @@ namespace {
 
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr int64_t kComfort = 228 * 1024 / kResident - 1024;  // of shared memory; 1 KiB is CUDA's
+constexpr int64_t kLine = 8;  // vectors
 static_assert(sizeof(Meeting) % 16 == 0);
 
 // What is read of a row besides its logits, early, since it is far away.
@@ -265,10 +266,16 @@ struct Limits {
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   int most_blocks() const { return clusters != 0 ? Meeting::kMostBlocks : 1; }
-  int64_t row_bytes() const { return shared == 0 ? 0 : most_blocks() * (shared - int64_t{sizeof(Meeting)}); }
+  int64_t row_bytes() const {
+    const int64_t lines = (shared - int64_t{sizeof(Meeting)}) / (16 * kLine);
+    return shared == 0 ? 0 : most_blocks() * lines * 16 * kLine;
+  }
 };
 
-int64_t part_of(int64_t vectors, int blocks) { return ceil_div(vectors, blocks); }
+// Vectors of a block: whole lines of memory.
+int64_t part_of(int64_t vectors, int blocks) {
+  return ceil_div(ceil_div(vectors, blocks), kLine) * kLine;
+}
 int64_t shared_bytes(int64_t part) { return int64_t{sizeof(Meeting)} + 16 * part; }
 
 // As few blocks as leave room for others on their multiprocessors.

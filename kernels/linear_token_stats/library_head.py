@@ -8,7 +8,9 @@ it is the Triton head, launch for launch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +27,14 @@ MEMORY_SHARE = 28
 machine cuts the same slabs again."""
 ROWS_IN_CUDA = False
 """Whether the CUDA kernel takes the rows that it can, which reads them once; not measured yet."""
+_PART = 16_384
+"""Rows of a sum that are multiplied at a time where the library cannot add."""
 _ALIGNED = 8
 """Distances of rows are multiples of this many logits, which the library's fast products want."""
 
 
-class RowList(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class RowList:
     """The masked-in rows of a batch, and what the host knows about them."""
 
     rows: Tensor
@@ -190,14 +195,28 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> 
 
     Products are summed in float32 and not rounded on their way to a float32 `out`.
     """
-    if left.dtype == out.dtype:
+    kind = out.dtype
+    if left.dtype == kind:
         (torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out))
-    elif out.device.type == "cuda":
-        kind = out.dtype
-        if add:
-            torch.addmm(out, left, right, out_dtype=kind, out=out)
-        else:
-            torch.mm(left, right, out_dtype=kind, out=out)
-    else:
-        found = left.to(out.dtype) @ right.to(out.dtype)
+    elif out.device.type != "cuda":
+        found = left.to(kind) @ right.to(kind)
         (out.add_(found) if add else out.copy_(found))
+    elif not add:
+        torch.mm(left, right, out_dtype=kind, out=out)
+    elif _adds_in_float32(out.device):
+        torch.addmm(out, left, right, out_dtype=kind, out=out)
+    else:
+        for rows, total in zip(left.split(_PART), out.split(_PART), strict=True):
+            total += torch.mm(rows, right, out_dtype=kind)
+
+
+@cache
+def _adds_in_float32(device: torch.device) -> bool:
+    """Return whether this torch adds a product of bfloat16 numbers to float32 ones (2.11 does)."""
+    total = torch.zeros(16, 16, device=device)
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True

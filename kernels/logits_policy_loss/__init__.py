@@ -13,6 +13,7 @@ from eapo_fast.kernels.checks import (
     check_tensor,
     refuse_transforms,
 )
+from eapo_fast.kernels.linear_token_stats import cuda_rows
 from eapo_fast.kernels.logits_policy_loss import cpu, reference
 from eapo_fast.kernels.native import GPU_STORAGE, triton_refusal
 from eapo_fast.kernels.policy_loss.batch import (
@@ -48,17 +49,18 @@ def logits_policy_loss(
         batch: what the policy loss needs, N rows of S sequences; see `PolicyBatch`.
         recipe: what to compute; see `Recipe`.
         temperature: above 0.
-        in_place: whether "cpu" and "triton" may overwrite `logits` with their gradient, which saves
-            their size in memory; nothing else may read them afterwards (autograd notices who does),
-            also after an error. They must be the result of a computation: no leaf of autograd.
+        in_place: whether all but the reference may overwrite `logits` with their gradient, which
+            saves their size in memory; nothing else may read them afterwards (autograd notices who
+            does), also after an error. They must be the result of a computation: no leaf.
         backend: "cpu" (float32 and bfloat16: one pass over memory for recipes that look at single
-            tokens, two for others), "triton" (float16 too, on a GPU; waits for nothing) or
-            "reference". "auto": the first that can.
+            tokens, two for others), "triton" (float16 too, on a GPU; waits for nothing), "cuda"
+            (the same, and one read less; all recipes but SIREN; when it is named) or "reference".
+            "auto": the first that can.
 
     Raises `ValueError` for arguments that do not fit and for a backend that cannot run here;
     `NonFiniteError`, on a CPU, for a token whose logits hold a NaN, an infinity, or -inf alone. On
-    a GPU the loss is NaN then, and `LossOutput.check` raises. "triton" scales the gradient where
-    it lies: a second way back through one loss is a `RuntimeError`.
+    a GPU the loss is NaN then, and `LossOutput.check` raises. On a GPU
+    the gradient is scaled where it lies: a second way back through one loss is a `RuntimeError`.
     """
     check_tensor("logits", logits, ["N", "V"], FLOATS)
     if not isinstance(recipe, Recipe):
@@ -71,7 +73,9 @@ def logits_policy_loss(
     check_positive("temperature", temperature)
     check_constants(batch)
     refusals = {"cpu": cpu.refusal, "triton": _triton_refusal}
-    chosen = choose_backend("logits_policy_loss", backend, refusals, logits, recipe)
+    chosen = choose_backend(
+        "logits_policy_loss", backend, refusals, logits, recipe, on_request={"cuda": _cuda_refusal}
+    )
     if not torch.compiler.is_compiling():
         check_batch(batch, recipe, rows, logits.device)
         if logits.device.type == "cpu":
@@ -83,6 +87,10 @@ def logits_policy_loss(
         _check_writable(logits)
     if chosen == "cpu":
         return cpu.logits_policy_loss(*arguments, in_place)
+    if chosen == "cuda":
+        from eapo_fast.kernels.logits_policy_loss import cuda_kernel
+
+        return cuda_kernel.logits_policy_loss(*arguments, in_place)
     from eapo_fast.kernels.logits_policy_loss import triton_kernel
 
     return triton_kernel.logits_policy_loss(*arguments, in_place)
@@ -92,6 +100,12 @@ def _triton_refusal(logits: Tensor, recipe: Recipe) -> str | None:
     if torch.compiler.is_compiling():
         return "it is no operator of torch, which torch.compile would need"
     return triton_refusal(logits, GPU_STORAGE)
+
+
+def _cuda_refusal(logits: Tensor, recipe: Recipe) -> str | None:
+    if recipe.entropy_target is not None:
+        return f"recipe {recipe.name!r} reads the truncated entropy, which it does not compute"
+    return _triton_refusal(logits, recipe) or cuda_rows.refusal(logits)
 
 
 def _check_writable(logits: Tensor) -> None:

@@ -35,13 +35,15 @@ def logits_policy_loss(
     recipe: Recipe,
     temperature: float,
     in_place: bool,
+    *,
+    rows_of: type[RowPass] = RowPass,
 ) -> LossOutput:
-    """Return the loss of a checked batch, float32."""
+    """Return the loss of a checked batch, float32; `rows_of` says who launches its rows."""
     source = logits.detach()
     packed = source.stride(1) == 1 and source.stride(0) >= source.shape[1]
     source = source if packed else source.contiguous()
     live = None if batch.mask is None else listed(batch.mask != 0)
-    rows = RowPass(
+    rows = rows_of(
         targets.long().contiguous(),
         vocab_size=source.shape[1],
         temperature=temperature,
@@ -101,7 +103,7 @@ def _checked(rows: RowPass, found: LossOutput) -> LossOutput:
 
 
 def _block(logits: Tensor) -> int:
-    return min(_BLOCK, triton.next_power_of_2(logits.shape[1]))
+    return min(_BLOCK, int(triton.next_power_of_2(logits.shape[1])))
 
 
 class _Known(Function):

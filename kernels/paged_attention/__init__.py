@@ -19,6 +19,7 @@ from eapo_fast.kernels.native import (
     triton_refusal,
 )
 from eapo_fast.kernels.paged_attention import flash, reference
+from eapo_fast.kernels.rotary import rotary, rotary_kv_write
 
 __all__ = ["copy_blocks", "paged_attention"]
 
@@ -38,6 +39,7 @@ def paged_attention(
     softcap: float = 0.0,
     window: int = 0,
     sinks: Tensor | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
     shared: tuple[Tensor, Tensor] | None = None,
     longest: tuple[int, int] | None = None,
     backend: str = "auto",
@@ -63,6 +65,8 @@ def paged_attention(
         window: keys that a row sees, itself included; 0: all.
         sinks: [Hq] in the dtype of `q` or float32; a logit of each head that joins the softmax and
             has no value.
+        angles: (cos, sin) [T, R], by which `q` and `k` are turned first, as `rotary` does; on a GPU
+            in the launch that writes the cache.
         shared: (spans [P, 2] int32: first segment and number of segments; lens [P] int32). The
             segments of a span have one query row each and begin with the same `lens` tokens, a
             multiple of the block size, in the same blocks. Speed only: they are read once. Spans
@@ -83,6 +87,12 @@ def paged_attention(
         on_request={"cuda": _cuda_refusal},
     )
     q, k, v = q.detach(), k.detach(), v.detach()
+    written = angles is not None and chosen in ("flash", "triton")
+    if angles is not None and written:
+        via = "triton" if chosen == "triton" else "auto"
+        q = rotary_kv_write(q, k, v, *angles, k_cache, v_cache, slots, backend=via)
+    elif angles is not None:
+        q, k = _turned(q, k, *angles, chosen if chosen in ("cpu", "reference") else "auto")
     if chosen in ("flash", "triton", "cuda"):
         arguments = {
             "q": q,
@@ -99,6 +109,8 @@ def paged_attention(
             "window": window,
             "longest": longest,
         }
+        if written:
+            arguments |= {"k": None, "v": None}
         return _on_gpu(chosen, arguments, sinks, shared)
     if chosen == "reference":
         return reference.paged_attention(
@@ -138,6 +150,12 @@ def paged_attention(
         out,
     )
     return out
+
+
+def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
+    q, k = rotary(*heads, cos[None], sin[None], backend=backend)
+    return q[0].transpose(0, 1).contiguous(), k[0].transpose(0, 1).contiguous()
 
 
 def _on_gpu(

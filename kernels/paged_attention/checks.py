@@ -13,8 +13,8 @@ _MAX_DIM = 256
 
 def check_arguments(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
@@ -37,6 +37,8 @@ def check_arguments(
             f"k_cache, of at most {_MAX_DIM}"
         )
     for name, new in (("k", k), ("v", v)):
+        if new is None:  # in the cache already
+            continue
         check_tensor(name, new, (tokens, kv_heads, dim), dtype, device)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not cache.is_contiguous():

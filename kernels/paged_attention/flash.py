@@ -42,8 +42,8 @@ def flash_refusal(q: Tensor, k_cache: Tensor, sinks: Tensor | None) -> str | Non
 
 def paged_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
@@ -55,9 +55,10 @@ def paged_attention(
     window: int,
     longest: tuple[int, int] | None,
 ) -> Tensor:
-    """Return [T, Hq, D]; arguments as in the public function."""
-    q, k, v = (x if x[:1].is_contiguous() else x.contiguous() for x in (q, k, v))
-    kv_write(k, v, k_cache, v_cache, slots)
+    """Return [T, Hq, D]; arguments as in the public function, no `k` and `v`: they are written."""
+    q = _packed(q)
+    if k is not None and v is not None:
+        kv_write(_packed(k), _packed(v), k_cache, v_cache, slots)
     max_q, max_kv = longest or (int(cu_q.diff().max()), int(kv_lens.max()))
     major = torch.cuda.get_device_capability(q.device)[0]
     options: dict[str, Any] = {
@@ -100,6 +101,10 @@ def paged_attention(
             q, k_cache, v_cache, cu_q, cu_k, max_q, max_kv, block_table=block_tables, **options
         )
     return torch.as_tensor(out)
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x if x[:1].is_contiguous() else x.contiguous()
 
 
 @cache

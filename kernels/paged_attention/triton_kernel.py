@@ -110,8 +110,8 @@ class _Step:
 
 def paged_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
@@ -125,10 +125,11 @@ def paged_attention(
     shared: tuple[Tensor, Tensor] | None,
     longest: tuple[int, int] | None,
 ) -> Tensor:
-    """Return [T, Hq, D]; arguments as in the public function."""
+    """Return [T, Hq, D]; arguments as in the public function, no `k` and `v`: they are written."""
     check_arguments(q, k, v, k_cache, v_cache, slots, cu_q, kv_lens, block_tables, sinks, shared)
-    q, k, v = (x if x[:1].is_contiguous() else x.contiguous() for x in (q, k, v))
-    kv_write(k, v, k_cache, v_cache, slots)
+    q = _packed(q)
+    if k is not None and v is not None:
+        kv_write(_packed(k), _packed(v), k_cache, v_cache, slots)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.shape[0] == 0:
         return out
@@ -151,6 +152,10 @@ def paged_attention(
     if max_q > 1:
         _attend(step, out, max(2, (32 if q.dtype == torch.float32 else 64) // step.group))
     return out
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x if x[:1].is_contiguous() else x.contiguous()
 
 
 def _attend(step: _Step, out: Tensor, queries: int) -> None:

@@ -1,4 +1,7 @@
-"""Rotary position embedding in Triton: queries and keys in one launch, a token a program."""
+"""Rotary position embedding in Triton: queries and keys in one launch, a token a program.
+
+`rotate_write` puts the turned keys, and the values, into the paged cache instead of new memory.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def _turn(  # type: ignore[no-untyped-def]
     cos,  # [2 * HALF], of the token
     sin,
     head,  # [TILE] int32
-    HEADS: tl.constexpr,
+    heads,  # those from here on are left out
     D: tl.constexpr,
     HALF: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -35,7 +38,7 @@ def _turn(  # type: ignore[no-untyped-def]
     dtype: tl.constexpr = x.dtype.element_ty
     source = x + head.to(tl.int64)[:, None] * x_head
     target = out + head[:, None] * D
-    there = (head < HEADS)[:, None]
+    there = (head < heads)[:, None]
     if HALF > 0:
         column = tl.arange(0, COLUMNS)[None, :]
         inside = column < HALF
@@ -125,21 +128,91 @@ def rotate(  # type: ignore[no-untyped-def]
         )
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def rotate_write(  # type: ignore[no-untyped-def]
+    q,  # [tokens, Q_HEADS, D]
+    k,  # [tokens, K_HEADS, D]
+    v,  # likewise
+    cos,  # [tokens, 2 * HALF]
+    sin,
+    slots,  # [tokens] int64
+    q_out,  # [tokens, Q_HEADS, D]
+    k_cache,  # [slots, K_HEADS, D]
+    v_cache,
+    q_token,  # strides
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,  # >= D
+    HALF: tl.constexpr,
+    Q_TILE: tl.constexpr,
+    K_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    REST: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """As `rotate`; the programs of key heads write these and their values where the slot says."""
+    token = tl.program_id(0).to(tl.int64)
+    angle = token * (2 * HALF)
+    tile = tl.program_id(1)
+    q_tiles: tl.constexpr = (Q_HEADS + Q_TILE - 1) // Q_TILE
+    if tile < q_tiles:
+        _turn(
+            q + token * q_token,
+            q_out + token * (Q_HEADS * D),
+            q_head,
+            cos + angle,
+            sin + angle,
+            tile * Q_TILE + tl.arange(0, Q_TILE),
+            Q_HEADS,
+            D,
+            HALF,
+            COLUMNS,
+            REST,
+            ROUND,
+        )
+    else:
+        slot = tl.load(slots + token)
+        target = tl.maximum(slot, 0) * (K_HEADS * D)
+        head = (tile - q_tiles) * K_TILE + tl.arange(0, K_TILE)
+        heads = tl.where(slot >= 0, K_HEADS, 0)
+        _turn(
+            k + token * k_token,
+            k_cache + target,
+            k_head,
+            cos + angle,
+            sin + angle,
+            head,
+            heads,
+            D,
+            HALF,
+            COLUMNS,
+            REST,
+            ROUND,
+        )
+        column = tl.arange(0, WIDTH)[None, :]
+        live = (head < heads)[:, None] & (column < D)
+        source = v + token * v_token + head.to(tl.int64)[:, None] * v_head
+        value = tl.load(source + column, mask=live, other=0.0)
+        tl.store(v_cache + target + head[:, None] * D + column, value, mask=live)
+
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return both turned, as views of memory packed as [B, T, H, D]."""
     _check(q, k, cos, sin)
     batches, q_heads, tokens, dim = q.shape
-    k_heads, half = k.shape[1], cos.shape[-1] // 2
+    k_heads = k.shape[1]
     q_out, k_out = (
         torch.empty(batches, tokens, heads, dim, dtype=q.dtype, device=q.device)
         for heads in (q_heads, k_heads)
     )
     if q_out.numel() + k_out.numel() > 0:
-        columns = triton.next_power_of_2(max(1, half))
-        most = max(1, _ELEMENTS // columns)
-        q_tile, k_tile = (min(triton.next_power_of_2(max(1, n)), most) for n in (q_heads, k_heads))
-        tiles = triton.cdiv(q_heads, q_tile) + triton.cdiv(k_heads, k_tile)
-        rest = dim - 2 * half
+        tiles, constants = _plan(q, q_heads, k_heads, cos)
         launch: Any = rotate[(batches * tokens, tiles)]
         launch(
             q,
@@ -152,19 +225,68 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
             *_strides(k),
             tokens,
             tokens if cos.shape[0] > 1 else 0,
-            Q_HEADS=q_heads,
-            K_HEADS=k_heads,
-            D=dim,
-            HALF=half,
-            Q_TILE=q_tile,
-            K_TILE=k_tile,
-            COLUMNS=columns,
-            REST=triton.next_power_of_2(rest) if rest else 0,
-            ROUND=cos.dtype == q.dtype and q.dtype != torch.float32,
-            num_warps=4 if q_tile * columns > 512 else 2,
-            enable_fp_fusion=False,  # each product is rounded before the sum, as in torch
+            **constants,
         )
     return q_out.transpose(1, 2), k_out.transpose(1, 2)
+
+
+def rotary_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Return the turned queries, packed; shapes as in the public function."""
+    _check(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k)), cos[None], sin[None])
+    tokens, q_heads, dim = q.shape
+    k_heads = k.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if tokens == 0:
+        return out
+    tiles, constants = _plan(q, q_heads, k_heads, cos)
+    launch: Any = rotate_write[(tokens, tiles)]
+    launch(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        slots,
+        out,
+        k_cache,
+        v_cache,
+        *(x.stride(i) if x.shape[i] > 1 else 0 for x in (q, k, v) for i in (0, 1)),
+        WIDTH=triton.next_power_of_2(dim),
+        **constants,
+    )
+    return out
+
+
+def _plan(q: Tensor, q_heads: int, k_heads: int, cos: Tensor) -> tuple[int, dict[str, Any]]:
+    """How many programs a token has, and what they are compiled for."""
+    dim, half = q.shape[-1], cos.shape[-1] // 2
+    columns = triton.next_power_of_2(max(1, half))
+    most = max(1, _ELEMENTS // columns)
+    q_tile, k_tile = (min(triton.next_power_of_2(max(1, n)), most) for n in (q_heads, k_heads))
+    rest = dim - 2 * half
+    constants = {
+        "Q_HEADS": q_heads,
+        "K_HEADS": k_heads,
+        "D": dim,
+        "HALF": half,
+        "Q_TILE": q_tile,
+        "K_TILE": k_tile,
+        "COLUMNS": columns,
+        "REST": triton.next_power_of_2(rest) if rest else 0,
+        "ROUND": cos.dtype == q.dtype and q.dtype != torch.float32,
+        "num_warps": 4 if q_tile * columns > 512 else 2,
+        "enable_fp_fusion": False,  # each product is rounded before the sum, as in torch
+    }
+    return triton.cdiv(q_heads, q_tile) + triton.cdiv(k_heads, k_tile), constants
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

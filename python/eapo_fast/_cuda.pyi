@@ -55,3 +55,46 @@ def sample(
     out_logprobs: Tensor,
     out_kept: Tensor,
 ) -> None: ...
+
+class RowProgram:
+    """The token program of `run_rows`: [N] tensors by row, numbers for all rows."""
+
+    def __init__(
+        self,
+        *,
+        weights: Tensor,
+        old_logprob: Tensor,
+        advantages: Tensor,
+        factor: Tensor | None,
+        ref_logprob: Tensor | None,
+        surrogate: int,
+        kl: int,
+        least: float,
+        most: float,
+        delta: float,
+        beta: float,
+        entropy_coef: float,
+    ) -> None: ...
+
+def run_rows(
+    z: Tensor,
+    *,
+    out: Tensor | None,
+    rows: Tensor,
+    span: Tensor,
+    targets: Tensor,
+    temperature: float,
+    state: Tensor | None,
+    logprob: Tensor,
+    entropy: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    losses: Tensor | None,
+    program: RowProgram | None,
+    size: int,
+    given: bool,
+    zeros: bool,
+    cluster: int,
+) -> None: ...
+def longest_row(device: int) -> int:
+    """Bytes of the longest row that `run_rows` takes on a device."""

@@ -65,6 +65,14 @@ def test_a_backend_that_is_not_here_is_skipped(run_stage: Callable[..., Any]) ->
     assert any("'cuda'" in reason for reason in reasons)
 
 
+def test_a_part_of_the_ops(run_stage: Callable[..., Any]) -> None:
+    from gpu_check import loss_cases, sampler_cases, sanitizer
+
+    assert set(sanitizer.OPS) <= {*sampler_cases.CASES, *loss_cases.CASES}
+    records = run_stage("correctness", backend="reference", ops="kv_write copy_blocks")
+    assert {r["name"].split()[0] for r in records} == {"kv_write", "copy_blocks"}
+
+
 def test_correctness_sees_what_is_wrong(
     make_request: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

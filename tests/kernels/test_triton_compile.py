@@ -163,6 +163,10 @@ def layer(
             for angles in {dtype, torch.float32}:
                 cos = torch.zeros(1, tokens, rotated, dtype=angles)
                 rotary.rotary(q, k, cos, cos)
+                heads = (x[0].transpose(0, 1) for x in (q, k, k))
+                cache = torch.zeros(4, 64, 2, dim, dtype=dtype)
+                slots = torch.zeros(tokens, dtype=torch.int64)
+                rotary.rotary_kv_write(*heads, cos[0], cos[0], cache, cache, slots)
     return launches
 
 

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from eapo_fast.engine.cache import PagedCache
 from eapo_fast.engine.mode import surely
+from eapo_fast.engine.rotation import Rotations
 from eapo_fast.errors import ModelError
 from eapo_fast.kernels.paged_attention import paged_attention
 
@@ -61,10 +62,11 @@ class PagedStep:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """A step and the attention calls that its forward has made so far."""
+    """A step, the attention calls that its forward has made so far, and its rotary embeddings."""
 
     step: PagedStep
     calls: CallCounter
+    rotations: Rotations
 
 
 class CallCounter:
@@ -123,12 +125,20 @@ def turn_of(config: Any) -> threading.RLock:
 @contextmanager
 def paged_forward(model: PreTrainedModel, step: PagedStep) -> Iterator[None]:
     """Run the model's forward on a paged step; its own attention is back afterwards."""
-    token = _current.set(_Running(step, CallCounter()))
+    rotations = Rotations()
+    token = _current.set(_Running(step, CallCounter(), rotations))
     try:
         with attention_as(model, NAME):
             yield
+        rotations.finish()
     finally:
         _current.reset(token)
+
+
+def rotations_of_this_forward() -> Rotations | None:
+    """Return the rotary embeddings of the paged forward that runs, if one does."""
+    running = _current.get()
+    return None if running is None else running.rotations
 
 
 def paged_logits(
@@ -182,6 +192,7 @@ def _attend(
     _refuse(module, attention_mask, others)
     step = running.step
     call = running.calls.key(module)
+    angles = running.rotations.take(module, query, key)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     value_width = value.shape[-1]
     query, key, value = _packed(query, key, value)
@@ -201,6 +212,7 @@ def _attend(
         softcap=float(softcap or 0.0),
         window=int(sliding_window or step.windows.get(call, 0)),
         sinks=sinks,
+        angles=angles,
         shared=step.shared,
         longest=step.longest,
     )

@@ -19,19 +19,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from eapo_fast.engine.fused_forwards import (
     FusedNorm,
     Norm,
     Unit,
-    attention_unit,
     mlp_unit,
     norm_unit,
 )
 from eapo_fast.engine.fused_layers import following_norms, layer_unit
+from eapo_fast.engine.fused_rotary import attention_unit
 from eapo_fast.engine.fused_target import Target, target_of
 from eapo_fast.engine.mode import Step, held_together
 
@@ -83,8 +85,7 @@ def _undo(units: list[Unit]) -> None:
 
 def units_of(model: nn.Module) -> list[Unit]:
     """Return the modules of `model` that can be fused where it is; remembered while it lives."""
-    device = next((p.device for p in model.parameters()), None)
-    target = None if device is None else target_of(device)
+    target = _target(model)
     if target is None:
         return []
     known = _units.setdefault(model, {})
@@ -93,6 +94,18 @@ def units_of(model: nn.Module) -> list[Unit]:
         found = (_recognise(m, following.get(m), target) for m in model.modules())
         known[target] = [unit for unit in found if unit is not None]
     return known[target]
+
+
+def _target(model: nn.Module) -> Target | None:
+    """Return where the model's ops run; in Triton in its dtypes only, since each is compiled."""
+    device = next((p.device for p in model.parameters()), None)
+    target = None if device is None else target_of(device)
+    if target is None or target.backend != "triton":
+        return target
+    used = {p.dtype for p in model.parameters()}
+    if torch.is_autocast_enabled(target.device.type):
+        used.add(torch.get_autocast_dtype(target.device.type))
+    return replace(target, dtypes=tuple(dtype for dtype in target.dtypes if dtype in used))
 
 
 def _recognise(module: nn.Module, following: nn.Module | None, target: Target) -> Unit | None:

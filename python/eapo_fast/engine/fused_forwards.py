@@ -1,11 +1,10 @@
-"""The forwards that `fused` installs, and the trials that a class must pass first."""
+"""Fused forwards of norms and MLPs, and the trials that a class must pass first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,12 +13,11 @@ from torch.nn.functional import gelu
 from transformers.activations import GELUTanh, SiLUActivation
 
 from eapo_fast.engine.fused_target import Target
+from eapo_fast.engine.fused_trials import same, sample, trial
 from eapo_fast.kernels.gated_activation import gated_activation
 from eapo_fast.kernels.rms_norm import add_rms_norm, rms_norm
-from eapo_fast.kernels.rotary import rotary
 
 Forward = Callable[..., Any]
-ROTATE = "apply_rotary_pos_emb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +77,6 @@ def mlp_unit(module: nn.Module, target: Target) -> Unit | None:
     if not _mlp_agrees(cls, cls.forward, build, target):
         return None
     return Unit(module, build(module, kind, target), cls.forward, (activation,))
-
-
-def attention_unit(module: nn.Module, target: Target) -> Unit | None:
-    """Return an attention module's unit: its class's code with a fused rotary embedding."""
-    own = type(module).forward
-    rebound = _with_fused_rotary(own, target)
-    return None if rebound is None else Unit(module, MethodType(rebound, module), own)
 
 
 class FusedNorm:
@@ -176,39 +167,6 @@ def _joint_mlp_forward(module: nn.Module, kind: str, target: Target) -> Forward:
     return forward
 
 
-@cache
-def _with_fused_rotary(own: Forward, target: Target) -> FunctionType | None:
-    """`own` with the global name of the rotary embedding bound to the fused op, if it has one."""
-    if not isinstance(own, FunctionType) or ROTATE not in own.__code__.co_names:
-        return None
-    rotate: Any = own.__globals__.get(ROTATE)
-    forms = _rotary_forms(rotate, target)
-    if not forms:
-        return None
-    scope = {**own.__globals__, ROTATE: partial(_rotate, rotate, forms, target)}
-    rebound = FunctionType(own.__code__, scope, own.__name__, own.__defaults__, own.__closure__)
-    rebound.__kwdefaults__ = own.__kwdefaults__
-    return rebound
-
-
-def _rotate(own: Forward, forms: frozenset[Any], target: Target, *args: Any, **kwargs: Any) -> Any:
-    if len(args) == 4 and not kwargs:
-        q, k, cos, sin = args
-        fits = target.takes(q, k) and target.takes(cos, sin) and _form(q, cos) in forms
-        if (
-            fits
-            and q.stride(-1) == k.stride(-1) == 1
-            and cos.is_contiguous()
-            and sin.is_contiguous()
-        ):
-            return rotary(q, k, cos, sin, backend=target.backend)
-    return own(*args, **kwargs)
-
-
-def _form(q: Tensor, cos: Tensor) -> tuple[bool, torch.dtype, torch.dtype]:
-    return cos.shape[-1] == q.shape[-1], q.dtype, cos.dtype
-
-
 def _activation_kind(module: nn.Module | None) -> str | None:
     if module is None or "forward" in vars(module):
         return None
@@ -220,31 +178,6 @@ def _activation_kind(module: nn.Module | None) -> str | None:
     return None
 
 
-def sample(target: Target, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    """Return random numbers that a trial runs on."""
-    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return numbers.to(target.device, dtype)
-
-
-def _same(got: Tensor, want: Tensor) -> bool:
-    """Equal up to the order of sums: 99 % of the entries of 16 bits have the same ones."""
-    if got.dtype is not want.dtype or got.shape != want.shape:
-        return False
-    narrow = got.dtype in (torch.bfloat16, torch.float16)
-    if narrow and (got == want).double().mean() < 0.99:
-        return False
-    return torch.allclose(got, want, rtol=1e-2 if narrow else 1e-5, atol=1e-6)
-
-
-def trial(run: Callable[[], bool]) -> bool:
-    """Whether `run` says so; a class that cannot even be tried is not recognised."""
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            return run()
-    except Exception:
-        return False
-
-
 @cache
 def _norm_agrees(cls: Any, own: Forward, form: Norm, target: Target) -> bool:
     def run() -> bool:
@@ -253,10 +186,10 @@ def _norm_agrees(cls: Any, own: Forward, form: Norm, target: Target) -> bool:
             norm.weight.copy_(sample(target, dtype, 48))
             x = sample(target, dtype, 64, 48, seed=1) * 3
             fused = FusedNorm(norm, form, target)
-            if not _same(fused(x), own(norm, x)):
+            if not same(fused(x), own(norm, x)):
                 return False
             total = fused.add(x, x)
-            if not (torch.equal(total, x + x) and _same(fused(total), own(norm, total))):
+            if not (torch.equal(total, x + x) and same(fused(total), own(norm, total))):
                 return False
         return True
 
@@ -274,27 +207,6 @@ def _mlp_agrees(
         mlp.gate_up_proj = nn.Softsign()
         mlp.act_fn = mlp.activation_fn = nn.SiLU()
         inputs = [sample(target, dtype, 64, 48) * 3 for dtype in target.dtypes]
-        return all(_same(build(mlp, "silu", target)(x), own(mlp, x)) for x in inputs)
+        return all(same(build(mlp, "silu", target)(x), own(mlp, x)) for x in inputs)
 
     return trial(run)
-
-
-@cache
-def _rotary_forms(rotate: Any, target: Target) -> frozenset[tuple[bool, torch.dtype, torch.dtype]]:
-    """The kinds of argument for which `rotate` gives what the fused op gives."""
-
-    def agrees(width: int, dtype: torch.dtype, angles: torch.dtype) -> bool:
-        q, k = sample(target, dtype, 2, 5, 3, 16), sample(target, dtype, 2, 2, 3, 16, seed=1)
-        cos, sin = (sample(target, angles, 2, 3, width, seed=seed) for seed in (2, 3))
-        ours = rotary(q, k, cos, sin, backend=target.backend)
-        pairs = zip(ours, rotate(q, k, cos, sin), strict=True)
-        return all(_same(got, want) for got, want in pairs)
-
-    dtypes = [(dtype, dtype) for dtype in target.dtypes]
-    dtypes += [(dtype, torch.float32) for dtype in target.dtypes if dtype != torch.float32]
-    return frozenset(
-        (width == 16, dtype, angles)
-        for width in (16, 8)
-        for dtype, angles in dtypes
-        if trial(partial(agrees, width, dtype, angles))
-    )

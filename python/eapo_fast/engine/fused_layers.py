@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eapo_fast.engine.fused_forwards import Forward, FusedNorm, Unit, sample, trial
+from eapo_fast.engine.fused_forwards import Forward, FusedNorm, Unit
 from eapo_fast.engine.fused_target import Target
+from eapo_fast.engine.fused_trials import sample, trial
 
 
 @dataclass(frozen=True, slots=True)

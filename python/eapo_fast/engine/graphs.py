@@ -73,18 +73,20 @@ class _Buffers:
     def __init__(self, size: _Size, device: torch.device) -> None:
         rows, width, spans = size.rows, size.width, size.spans
         on_gpu = device.type == "cuda"
-        self._long_shapes = [(rows,)] * 3
-        self._int_shapes = [(rows,), (rows, width), (spans, 2), (spans,)]
+        long_shapes = [(rows,)] * 3
+        int_shapes = [(rows,), (rows, width), (spans, 2), (spans,)]
         self._host = tuple(
             torch.zeros(sum(map(_room, shapes)), dtype=dtype, pin_memory=on_gpu)
-            for shapes, dtype in ((self._long_shapes, torch.int64), (self._int_shapes, torch.int32))
+            for shapes, dtype in ((long_shapes, torch.int64), (int_shapes, torch.int32))
         )
         self._device = tuple(x.to(device) for x in self._host) if on_gpu else self._host
         self.cu_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.input_ids, self.positions, self.slots = _cut(self._device[0], self._long_shapes)
+        self.input_ids, self.positions, self.slots = _cut(self._device[0], long_shapes)
         self.kv_lens, self.block_tables, self.shared_spans, self.shared_lens = _cut(
-            self._device[1], self._int_shapes
+            self._device[1], int_shapes
         )
+        longs, ints = _cut(self._host[0], long_shapes), _cut(self._host[1], int_shapes)
+        self._arrays = [x.numpy() for x in (*longs, *ints)]  # once: a step waits for `load`
 
     def load(self, plan: Any) -> None:
         """Copy a plan of at most this size into the buffers.
@@ -92,8 +94,7 @@ class _Buffers:
         The step before must have been waited for (its tokens were read): its copies are done then.
         """
         rows, spans, width = len(plan.input_ids), len(plan.shared_lens), plan.block_tables.shape[1]
-        ids, positions, slots = (x.numpy() for x in _cut(self._host[0], self._long_shapes))
-        kv_lens, tables, pairs, shared = (x.numpy() for x in _cut(self._host[1], self._int_shapes))
+        ids, positions, slots, kv_lens, tables, pairs, shared = self._arrays
         for into, values, padding in (
             (ids, plan.input_ids, 0),
             (positions, plan.positions, 0),

@@ -1,16 +1,17 @@
 """Training attention over a packed row: causal inside each sequence, never a T x T mask.
 
-FlashAttention's varlen kernel serves a GPU when it is installed; otherwise every sequence goes
-through torch's SDPA on its own L x L triangle. Soft caps and sinks, which SDPA lacks, are written
-out.
+On a GPU one launch takes the whole row: flash-attn's varlen kernel where it is installed, else that
+of torch (2.10 or newer). Elsewhere, and for what neither has, every sequence goes through SDPA on
+its own L x L triangle. Soft caps and sinks, which SDPA lacks, are written out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -88,6 +89,19 @@ def _flash_varlen() -> Any | None:
     return flash_attn_varlen_func
 
 
+@lru_cache(maxsize=1)
+def _torch_varlen() -> Callable[..., Tensor] | None:
+    """Return torch's own varlen attention, for fewer key heads than query heads too."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if not torch.backends.cuda.is_flash_attention_available():
+        return None
+    named = "enable_gqa" in inspect.signature(varlen_attn).parameters  # before, it asks for nothing
+    return partial(varlen_attn, enable_gqa=True) if named else varlen_attn
+
+
 def _attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -107,22 +121,11 @@ def _attend(
     window = sliding_window or _current.windows.get(getattr(module, "layer_idx", None))
     sinks: Tensor | None = unused.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    fits = query.is_cuda and query.dtype != torch.float32 and sinks is None
-    flash = _flash_varlen() if fits else None
-    if flash is not None:
+    whole = _row_kernel(query, dropout, scale, window, softcap) if sinks is None else None
+    if whole is not None:
         longest = max(row.lengths)
-        out = flash(
-            *(x[0].transpose(0, 1) for x in (query, key, value)),
-            row.cu_seqlens,
-            row.cu_seqlens,
-            longest,
-            longest,
-            dropout_p=dropout,
-            softmax_scale=scale,
-            causal=True,
-            window_size=(window - 1, 0) if window else (-1, -1),
-            softcap=softcap or 0.0,
-        )
+        inputs = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = whole(*inputs, row.cu_seqlens, row.cu_seqlens, longest, longest)
         return out.unsqueeze(0), None
     parts = [x.split(row.lengths, dim=2) for x in (query, key, value)]
     outs = [
@@ -130,6 +133,30 @@ def _attend(
         for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def _row_kernel(
+    query: Tensor, dropout: float, scale: float, window: int | None, softcap: float | None
+) -> Callable[..., Tensor] | None:
+    """Return what attends to a packed row in one launch: q, k, v [T, H, D], borders, lengths."""
+    if not _on_gpu(query) or query.dtype == torch.float32:
+        return None
+    sizes = (window - 1, 0) if window else (-1, -1)
+    flash = _flash_varlen()
+    if flash is not None:
+        settings = {"dropout_p": dropout, "softmax_scale": scale, "softcap": softcap or 0.0}
+        return partial(flash, causal=True, window_size=sizes, **settings)
+    width = query.shape[-1]
+    if softcap or dropout or width % 8 or width > 256:
+        return None
+    own = _torch_varlen()
+    causal = (-1, 0) if not window else sizes
+    return None if own is None else partial(own, scale=scale, window_size=causal)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    """Return whether FlashAttention's kernels can run on a tensor's device."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 
 
 def _one_sequence(

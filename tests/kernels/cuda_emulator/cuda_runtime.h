@@ -1,9 +1,10 @@
 // Runs CUDA kernels on the CPU, for tests: the part of the CUDA runtime that eapo_fast uses.
 //
 // The threads of a cluster are coroutines on one OS thread, clusters run one after another. A thread
-// runs until it waits for its warp, its block or its cluster, so results cannot depend on luck; the
-// order in which threads get their turn is reversed by EAPO_EMULATOR_ORDER=descending, which shows a
-// barrier that is missing. A barrier that not all threads reach is an error. An asynchronous copy
+// runs until it waits for its warp, its block or its cluster, and a block until all its threads
+// wait, so results cannot depend on luck, and blocks are as far apart as they can be. The order in
+// which threads and blocks get their turn is reversed by EAPO_EMULATOR_ORDER=descending, which shows
+// a barrier that is missing. A barrier that not all threads reach is an error. An asynchronous copy
 // happens when its thread waits for it, and no earlier. Static shared memory is one for all blocks,
 // so that kernels with clusters must have theirs from the launch; that starts as NaN.
 #pragma once
@@ -112,22 +113,11 @@ class Cluster {
     current = this;
     const char* order = std::getenv("EAPO_EMULATOR_ORDER");
     const bool descending = order != nullptr && std::strcmp(order, "descending") == 0;
-    const int all = blocks_ * threads_;
-    for (live_ = all; live_ > 0;) {
+    for (live_ = blocks_ * threads_; live_ > 0;) {
       bool progress = false;
-      for (int i = 0; i < all; ++i) {
-        index_ = descending ? all - 1 - i : i;
-        const Fiber& fiber = *fibers[index_];
-        if (fiber.done || (fiber.ready && !fiber.ready())) continue;
-        progress = true;
-        resume();
-      }
-      if (progress) continue;
-      for (int i = 0; i < all; ++i)
-        if (!fibers[i]->done) fibers[i]->stack.reset();  // it starts afresh next time
-      if (!error_)
-        throw std::runtime_error("emulator: threads wait for a barrier or a message in vain");
-      break;
+      for (int i = 0; i < blocks_; ++i)
+        while (advance(descending ? blocks_ - 1 - i : i, descending)) progress = true;
+      if (!progress) give_up();
     }
     if (error_) std::rethrow_exception(error_);
   }
@@ -185,6 +175,26 @@ class Cluster {
  private:
   int warps() const { return threads_ / kWarp; }
   char* shared_of(int block) { return reinterpret_cast<char*>(memory_.data()) + block * shared_; }
+
+  // Gives each thread of a block a turn that can use it; returns whether there was one.
+  bool advance(int block, bool descending) {
+    bool progress = false;
+    for (int i = 0; i < threads_; ++i) {
+      index_ = block * threads_ + (descending ? threads_ - 1 - i : i);
+      const Fiber& fiber = own();
+      if (fiber.done || (fiber.ready && !fiber.ready())) continue;
+      progress = true;
+      resume();
+    }
+    return progress;
+  }
+
+  [[noreturn]] void give_up() {
+    for (int i = 0; i < blocks_ * threads_; ++i)
+      if (!fibers[i]->done) fibers[i]->stack.reset();  // it starts afresh next time
+    if (error_) std::rethrow_exception(error_);
+    throw std::runtime_error("emulator: threads wait for a barrier or a message in vain");
+  }
 
   // Switches by jumps; only a fiber's first start needs a context of its own.
   void resume() {

@@ -18,6 +18,7 @@ from eapo_fast.engine import fused, fused_forwards
 from eapo_fast.engine.fused import fused_modules, units_of
 from eapo_fast.engine.fused_forwards import FusedNorm
 from eapo_fast.engine.fused_target import Target
+from eapo_fast.errors import ModelError
 from eapo_fast.kernels import kv_write, paged_attention, sample
 from eapo_fast.kernels.native import GPU_STORAGE
 
@@ -129,14 +130,29 @@ def test_float16(kind: str, make_model: MakeModel, device: torch.device) -> None
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma2", "gemma3_text"])
-def test_the_sampler_on_all_of_it(kind: str, make_model: MakeModel, device: torch.device) -> None:
-    """Greedy tokens are those of `generate`, log-probabilities those of an ordinary forward."""
+def test_the_sampler_on_all_of_it(
+    kind: str, make_model: MakeModel, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy tokens are those of `generate`, log-probabilities those of an ordinary forward.
+
+    All layers of all steps but the first turn queries and keys in the launch that writes the cache.
+    """
+    turned: list[int] = []
+    op = paged_attention.rotary_kv_write
+
+    def count(*args: Any, **kwargs: Any) -> Tensor:
+        turned.append(len(args[0]))
+        return op(*args, **kwargs)
+
+    monkeypatch.setattr(paged_attention, "rotary_kv_write", count)
     model = make_model(kind, spread=0.15).to(device)
     model.generation_config.eos_token_id = None
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 40, 41]]
     config = SamplerConfig(block_size=4, max_prefill_tokens=6)
     params = SamplingParams(max_tokens=8, temperature=0.0)
     rows = Sampler(model, config=config).generate(prompts, params)
+    assert len(turned) >= 2 * 7
+    assert len(turned) % 2 == 0
     for prompt, (row,) in zip(prompts, rows, strict=True):
         ids = torch.tensor([prompt], device=device)
         want = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)
@@ -237,6 +253,36 @@ def test_layers_of_another_make_are_left_alone(
     with fused_modules(other):
         assert not set(other.model.layers) & set(replaced(other))
         torch.testing.assert_close(logits(other), before, rtol=0, atol=1e-5)
+
+
+def test_what_does_not_reach_attention_is_an_error(
+    make_model: MakeModel, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that changes its habits after paged attention relied on them."""
+    model = make_model().to(device)
+    sampler = Sampler(model, config=SamplerConfig(block_size=4))
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    with fused_modules(model):
+        expected = sampler.generate([[5, 6, 7]], params)
+        attention = model.model.layers[1].self_attn
+        forward = vars(attention)["forward"]
+
+        def negated(*args: Any, **kwargs: Any) -> Any:
+            scope = forward.__globals__
+            turn = scope["apply_rotary_pos_emb"]
+            scope["apply_rotary_pos_emb"] = lambda *given: tuple(-x for x in turn(*given))
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                scope["apply_rotary_pos_emb"] = turn
+
+        vars(attention)["forward"] = negated
+        with pytest.raises(ModelError, match="Qwen2Attention used to attend"):
+            sampler.generate([[5, 6, 7]], params)
+        # Now it is known not to hand them on; both are negated, so scores are as they were.
+        assert Sampler(model).generate([[5, 6, 7]], params) == expected
+        vars(attention)["forward"] = forward
+        assert sampler.generate([[5, 6, 7]], params) == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares devices")

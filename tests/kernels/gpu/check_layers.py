@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from eapo_fast.kernels.gated_activation import KINDS, gated_activation
+from eapo_fast.kernels.paged_attention import paged_attention
 from eapo_fast.kernels.rms_norm import add_rms_norm, rms_norm, triton_kernel
-from eapo_fast.kernels.rotary import rotary
+from eapo_fast.kernels.rotary import rotary, rotary_kv_write
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ALL = pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
@@ -237,3 +238,74 @@ def test_bad_arguments_are_named(backend: str, device: torch.device) -> None:
         rotary(heads, heads, twice, twice, backend=backend)
     with pytest.raises(ValueError, match=r"k: got shape \[2, 2, 8\]"):
         rotary(heads, heads[0], twice[:1], twice[:1], backend=backend)
+
+
+@ALL
+@pytest.mark.parametrize("shape", ["qwen2", "one", "partial", "many_heads", "unturned"])
+def test_rotary_into_the_cache(
+    shape: str, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """The bits of the two ops one after the other, and nothing else in the cache is touched."""
+    _, tokens, q_heads, k_heads, dim, rotated = SHAPES[shape]
+    sizes = [(tokens, q_heads, dim), (tokens, k_heads, dim), (tokens, k_heads, dim)]
+    q, k, v = (strided(normal(*size, dtype=dtype, seed=i), device) for i, size in enumerate(sizes))
+    k, v = k.contiguous(), v.contiguous()
+    phases = normal(tokens, rotated, dtype=torch.float32, seed=4).to(device)
+    cos, sin = phases.cos().to(dtype), phases.sin().to(dtype)
+    caches = [torch.full((tokens + 2, 3, k_heads, dim), 7.0, dtype=dtype, device=device)] * 2
+    caches = [cache.clone() for cache in caches]
+    slots = torch.randperm(3 * tokens, generator=torch.Generator().manual_seed(0))[:tokens]
+    slots[::3] = -1
+    want = [cache.clone() for cache in caches]
+    turned, keys = rotary(
+        *(x.transpose(0, 1)[None] for x in (q, k)), cos[None], sin[None], backend="reference"
+    )
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            want[0].flatten(0, 1)[slot] = keys[0, :, token]
+            want[1].flatten(0, 1)[slot] = v[token]
+    got = rotary_kv_write(q, k, v, cos, sin, *caches, slots.to(device), backend=backend)
+    assert torch.equal(got, turned[0].transpose(0, 1))
+    assert got.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(caches, want, strict=True))
+    others = [cache.fill_(7.0).clone() for cache in caches]
+    plain = rotary_kv_write(q, k, v, cos, sin, *others, slots.to(device), backend="reference")
+    assert torch.equal(plain, got)
+    assert all(torch.equal(a, b) for a, b in zip(others, want, strict=True))
+    got = rotary_kv_write(
+        q[:0], k[:0], v[:0], cos[:0], sin[:0], *caches, slots[:0].to(device), backend=backend
+    )
+    assert got.shape == (0, q_heads, dim)
+
+
+def test_attention_turns_queries_and_keys(backend: str, device: torch.device) -> None:
+    """The bits of `rotary` before `paged_attention`, for decode rows and chunks, and caches."""
+    tokens, dim = 7, 32
+    q = normal(tokens, 4, dim, dtype=torch.float32).to(device)
+    k, v = (normal(tokens, 2, dim, dtype=torch.float32, seed=i).to(device) for i in (1, 2))
+    phases = normal(tokens, dim, dtype=torch.float32, seed=3).to(device)
+    angles = phases.cos(), phases.sin()
+    turned = rotary(
+        *(x.transpose(0, 1)[None] for x in (q, k)), *(x[None] for x in angles), backend=backend
+    )
+    given = [q, k, v], [*(x[0].transpose(0, 1) for x in turned), v]
+    for borders in ([0, 1, 2, 3, 4, 5, 6, 7], [0, 5, 7]):
+        segments, lens = len(borders) - 1, torch.tensor(borders).diff()
+        results = []
+        for inputs, turn in zip(given, (angles, None), strict=True):
+            caches = [torch.zeros(segments, 8, 2, dim, device=device) for _ in "kv"]
+            slots = [8 * s + i for s, n in enumerate(lens.tolist()) for i in range(n)]
+            out = paged_attention(
+                *inputs,
+                *caches,
+                slots=torch.tensor(slots, device=device),
+                cu_q=torch.tensor(borders, dtype=torch.int32, device=device),
+                kv_lens=lens.int().to(device),
+                block_tables=torch.arange(segments, dtype=torch.int32, device=device)[:, None],
+                scale=0.2,
+                angles=turn,
+                longest=(int(lens.max()), 8),
+                backend=backend,
+            )
+            results.append([out, *caches])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

