@@ -32,13 +32,13 @@ _TRAINER = (*_MODEL, "safetensors", "jinja2", "sympy", "flint", "rich", "matplot
 """What the trainer imports on its way; rewards need the two for algebra."""
 STAGES = (
     Stage("environment", "gpu_check.environment", 0, 25),
-    Stage("build", "gpu_check.build", 1, 110, ("torch", "scikit_build_core", "pybind11")),
+    Stage("build", "gpu_check.build", 1, 100, ("torch", "scikit_build_core", "pybind11")),
     *(
         Stage(
             f"triton_{dtype}",
             "gpu_check.correctness",
             2,
-            95,
+            90,
             ("triton", "eapo_fast"),
             "correctness",
             options={"backend": "triton", "dtype": dtype},
@@ -49,21 +49,25 @@ STAGES = (
         "cuda",
         "gpu_check.correctness",
         2,
-        95,
+        90,
         ("torch", "eapo_fast"),
         "correctness",
         options={"backend": "cuda"},
     ),
-    Stage("tests", "gpu_check.suites", 2, 95, ("pytest", "eapo_fast"), "correctness"),
-    Stage("sanitizer", "gpu_check.sanitizer", 2, 95, ("torch", "eapo_fast"), "correctness"),
+    Stage("tests", "gpu_check.suites", 2, 90, ("pytest", "eapo_fast"), "correctness"),
+    Stage("sanitizer", "gpu_check.sanitizer", 2, 90, ("torch", "eapo_fast"), "correctness"),
     Stage("sampler", "gpu_check.sampler", 3, 70, _MODEL, elastic=True),
     Stage("training", "gpu_check.training", 3, 70, _TRAINER, elastic=True),
     Stage(
         "bench_loss", "gpu_check.bench_loss", 5, 75, ("torch", "eapo_fast"), "benchmarks",
         elastic=True,
     ),
-    Stage("bench_sampler", "gpu_check.bench_sampler", 6, 90, _MODEL, "benchmarks", elastic=True),
+    Stage("bench_sampler", "gpu_check.bench_sampler", 6, 85, _MODEL, "benchmarks", elastic=True),
     Stage("bench_step", "gpu_check.bench_step", 7, 65, _MODEL, "benchmarks", elastic=True),
+    Stage(
+        "bench_kernels", "gpu_check.bench_kernels", 8, 20, ("torch", "eapo_fast"), "benchmarks",
+        elastic=True,
+    ),
 )  # fmt: skip
 """Their boxes (the longest of each number) add up to 8 minutes 50 seconds."""
 
@@ -128,9 +132,8 @@ class _Run:
         at_once = 1 if self.device == "cpu" else len(due)
         scale = self._options.seconds / LIMIT
         until = self._start + scale * box_end(stages[0].number)
-        outcomes += run_side_by_side(
-            due, self._variables(), at_once=at_once, scale=scale, until=until
-        )
+        variables = self._variables() | _threads(at_once)
+        outcomes += run_side_by_side(due, variables, at_once=at_once, scale=scale, until=until)
         for outcome in outcomes:
             self.report["stages"].append(outcome.to_dict())
             print(f"{outcome.stage}: {outcome.status} in {outcome.seconds:.1f} s", flush=True)
@@ -206,6 +209,13 @@ class _Run:
                 self._environment = {k: v for k, v in found.items() if k not in ("kind", "name")}
                 self.report["environment"] = self._environment
                 self.device = self.device or ("cuda" if self._environment.get("gpu") else "")
+
+
+def _threads(stages: int) -> dict[str, str]:
+    """Return the variables by which stages that run side by side share the cores."""
+    if stages < 2 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // stages))}
 
 
 def box_end(number: int) -> float:

@@ -240,8 +240,9 @@ def _generate_batch(case: Case, own: float | None, request: Request, recorder: R
     model = _model(case, request)
     new = min(case.new, 32)
     config = _config(new)
-    config.num_return_sequences, config.eos_token_id = SAMPLES, -1
+    config.eos_token_id = -1
     prompts = _prompts(case, model.config.vocab_size, request.seed)
+    prompts = [prompt for prompt in prompts for _ in range(SAMPLES)]  # 5.17 returns one of each
     blocks = case.rows * (-(-(case.prompt + new) // page) + 1)
     known = inspect.signature(ContinuousBatchingConfig).parameters
     settings = {

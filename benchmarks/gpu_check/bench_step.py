@@ -193,7 +193,7 @@ class _Watch:
         if self._name != "timed":
             return
         _phases(logs, self._recorder)
-        self._recorder.note("the timed step", **logs)
+        self._recorder.note("the timed step", metrics=dict(logs))
         if self.busy:
             idle = 1 - sum(self.busy) / len(self.busy) / 100
             count = len(self.busy)

@@ -76,12 +76,14 @@ class Trial:
 
 
 def run(request: Request, recorder: Recorder) -> None:
-    """Check the backend, and the dtype if there is one, of the request's options."""
+    """Check the backend of the request's options; of them, "dtype" and "ops" pick a part."""
     from gpu_check import loss_cases, sampler_cases
 
     backend = request.options["backend"]
     torch.backends.cuda.matmul.allow_tf32 = False
     cases = {**sampler_cases.CASES, **loss_cases.CASES}
+    if "ops" in request.options:
+        cases = {name: cases[name] for name in request.options["ops"].split()}
     with poisoned():
         for name, case in cases.items():
             _check_op(name, case, backend, request, recorder)

@@ -21,6 +21,9 @@ from gpu_check.records import Recorder, Request, read_records
 TOOLS = ("memcheck", "racecheck", "synccheck")
 """Tools of compute-sanitizer, in the order in which they are run while there is time; initcheck
 takes torch's own buffers for uninitialised memory."""
+OPS = ("kv_write", "copy_blocks", "sample", "paged_attention", "group_advantages",
+       "logits_policy_loss")  # fmt: skip
+"""Ops with CUDA kernels of our own; those of cuBLAS are not ours to judge."""
 _ERROR_CODE = 97
 _ALONE = "import torch; torch.ones(64, device='cuda').sum().item()"
 
@@ -55,7 +58,7 @@ def _run_tool(program: str, tool: str, request: Request, recorder: Recorder) -> 
     inner = dataclasses.replace(
         request,
         stage="cuda",
-        options={"backend": "cuda"},
+        options={"backend": "cuda", "ops": " ".join(OPS)},
         small=True,
         results=str(Path(request.work) / f"sanitizer-{tool}.jsonl"),
         deadline=min(request.deadline - 4, time.time() + 60),

@@ -171,7 +171,14 @@ class LibraryHead(TritonHead):
         out = self._slopes(span.size) if gradient else logits
         if ROWS_IN_CUDA and not powers and cuda_rows.pass_refusal(self, logits) is None:
             cuda_rows.launch(
-                self, logits, out, span, program=program, gradient=gradient, zeros=True
+                self,
+                logits,
+                out,
+                span,
+                program=program,
+                statistics=statistics,
+                gradient=gradient,
+                zeros=True,
             )
             return
         self.launch(logits, out, span, program=program, statistics=statistics, powers=powers,

@@ -162,6 +162,19 @@ def test_one_capture_for_each_size(recorded: Any) -> None:
     assert graphs.capture
 
 
+def test_groups_that_end_ask_for_few_captures(recorded: Any) -> None:
+    """32 rows in groups of 4, which end one after the other while others take their rows' place."""
+    _, graphs, recorder = recorded
+    for spans in (8, 7, 6, 5, 4, 3, 2, 1):
+        graphs.forward(decode_plan(32, blocks=2, spans=[(4 * i, 4, 4) for i in range(spans)]))
+    assert recorder.records == 1
+    (buffers,) = graphs._buffers.values()
+    assert buffers.shared_spans.tolist() == [[0, 4]] + 7 * [[0, 0]]
+    graphs.forward(decode_plan(32, blocks=2))
+    graphs.forward(decode_plan(32, blocks=2, spans=[(2 * i, 2, 4) for i in range(16)]))
+    assert recorder.records == 3
+
+
 def test_captured_spans_are_padded_with_empty_ones(recorded: Any) -> None:
     _, graphs, _ = recorded
     graphs.forward(decode_plan(8, blocks=2, spans=[(0, 2, 4), (2, 2, 4), (4, 2, 4), (6, 2, 4)]))

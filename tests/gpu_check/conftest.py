@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 if not (BENCHMARKS / "gpu_check").is_dir():
     pytest.skip("needs the source tree", allow_module_level=True)
-sys.path.insert(0, str(BENCHMARKS))
+sys.path[:0] = [str(BENCHMARKS), str(Path(__file__).parent)]
 
 
 @pytest.fixture

@@ -98,6 +98,8 @@ class _Devices(TorchFunctionMode):
             here = _is_gpu(given)
         elif here:
             cls._check(name, args, leaves)
+        if "out_dtype" in kwargs and here:
+            return cls._widening(name, args, kwargs)
         before = _used_by_gpu[0]
         if getattr(func, "namespace", "") == "eapo_fast" or name in ("backward", "grad"):
             _used_by_gpu[0] = here
@@ -113,6 +115,19 @@ class _Devices(TorchFunctionMode):
         if isinstance(found, Tensor):
             return mark(found)
         return tree_map_only(Tensor, mark, found) if isinstance(found, (tuple, list)) else found
+
+    @staticmethod
+    def _widening(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Do products of bfloat16 that come out in float32, which torch has on GPUs only."""
+        kind, out = kwargs["out_dtype"], kwargs["out"]
+        with torch._C.DisableTorchFunction():
+            *added, left, right = args
+            found = left.to(kind) @ right.to(kind)
+            assert name == ("addmm" if added else "mm")
+            assert out.dtype == kind
+            assert all(x.dtype == kind and x.shape == found.shape for x in added)
+            out.copy_(found + added[0] if added else found)
+        return out
 
     @staticmethod
     def _check(name: str, args: Any, leaves: list[Tensor]) -> None:
@@ -223,6 +238,10 @@ def _as_cpu(module: torch.nn.Module) -> None:
             part._buffers[name] = plain(held)
 
 
+def _plain_type(value: Any) -> type:
+    return Tensor if isinstance(value, OnGpu) else type(value)
+
+
 class _Event:
     def __init__(self, **_: Any) -> None:
         self.at = 0.0
@@ -281,6 +300,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pretend within the block that this machine has a GPU."""
     from triton.runtime import interpreter
 
+    from eapo_fast.engine import fused_target, head
     from eapo_fast.engine.graphs import DecodeGraphs
 
     stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
@@ -314,7 +334,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(torch.cuda, name, fake)
     for name in ("to", "cuda"):
         monkeypatch.setattr(torch.nn.Module, name, _moving(getattr(torch.nn.Module, name)))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(DecodeGraphs, "_record", _record)
+    for module in (head, fused_target):  # they take no subclasses of tensors but these
+        monkeypatch.setattr(module, "type", _plain_type, raising=False)
     _map_autocast(monkeypatch)
     _open_operators(monkeypatch)
     launch = interpreter.GridExecutor.__call__

@@ -221,8 +221,9 @@ def test_picks_and_boxes() -> None:
     from gpu_check.environment import PACKAGES
 
     assert _picked("") == {s.name for s in STAGES}
-    assert _picked("cuda, benchmarks") == {"cuda", "bench_loss", "bench_sampler", "bench_step"}
-    with pytest.raises(SystemExit, match=r"got smapler; there are bench_loss"):
+    benchmarks = {f"bench_{name}" for name in ("loss", "sampler", "step", "kernels")}
+    assert _picked("cuda, benchmarks") == {"cuda", *benchmarks}
+    with pytest.raises(SystemExit, match=r"got smapler; there are bench_kernels"):
         _picked("smapler")
     assert box_end(STAGES[-1].number) < LIMIT <= 540
     assert box_end(0) == STAGES[0].seconds

@@ -65,6 +65,14 @@ def test_a_backend_that_is_not_here_is_skipped(run_stage: Callable[..., Any]) ->
     assert any("'cuda'" in reason for reason in reasons)
 
 
+def test_a_part_of_the_ops(run_stage: Callable[..., Any]) -> None:
+    from gpu_check import loss_cases, sampler_cases, sanitizer
+
+    assert set(sanitizer.OPS) <= {*sampler_cases.CASES, *loss_cases.CASES}
+    records = run_stage("correctness", backend="reference", ops="kv_write copy_blocks")
+    assert {r["name"].split()[0] for r in records} == {"kv_write", "copy_blocks"}
+
+
 def test_correctness_sees_what_is_wrong(
     make_request: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +105,39 @@ def test_correctness_sees_what_is_wrong(
     checks = [r for r in read_records(Path(request.results)) if r["kind"] == "check"]
     assert {r["name"].split()[0] for r in checks} == {"kv_write", "sample"}
     assert not any(r["passed"] for r in checks)
+
+
+def test_what_the_kernels_checks_print(make_request: Callable[..., Any]) -> None:
+    from gpu_check import suites
+    from gpu_check.records import Recorder, read_records
+
+    folder = "tests/kernels/gpu/check_"
+    text = "\n".join([
+        f"[gw0] [ 10%] PASSED {folder}sample.py::test_a[1] ",
+        f"[gw1] [ 20%] PASSED {folder}kv_write.py::test_b ",
+        f"[gw0] [ 30%] FAILED {folder}sample.py::test_c ",
+        f"[gw0] [ 40%] SKIPPED {folder}kv_write.py::test_d ",
+        "=== short test summary info ===",
+        f"FAILED {folder}sample.py::test_c - AssertionError: 2 times its bound",
+    ])  # fmt: skip
+    names_ = ["kv_write", "sample", "truncation"]
+
+    def found(code: int | None, printed: str = text) -> dict[str, dict[str, Any]]:
+        request = make_request(f"tests-{code}-{len(printed)}")
+        suites.report(printed, code, "triton", names_, Recorder(request))
+        return {r["name"]: r for r in read_records(Path(request.results))}
+
+    whole, cut = found(1), found(None)
+    assert whole["check_kv_write triton"]["passed"]
+    assert whole["check_kv_write triton"]["tests"]["skipped"] == 1
+    assert not whole["check_sample triton"]["passed"]
+    assert "2 times its bound" in whole["check_sample triton"]["failures"][0]
+    assert not whole["check_truncation triton"]["passed"]  # none of its tests ran
+    assert (cut["check_kv_write triton"]["kind"], cut["check_sample triton"]["kind"]) == (
+        "skip", "check",
+    )  # fmt: skip
+    broken = found(4, "ImportError: no such module")
+    assert "ImportError" in broken["checks on triton ran"]["output"]
 
 
 def test_new_memory_is_poisoned() -> None:
@@ -279,6 +320,15 @@ def test_sampler_benchmark(run_stage: Callable[..., Any], one_thread: None) -> N
     share = figures["decode step, tiny shape, 16 rows: share of GEMM + KV floor"]["value"]
     assert share == pytest.approx((step["gemm_ms"] + step["kv_ms"]) / step["value"])
     assert "generate, tiny shape, 16 rows: ours over it" in figures
+
+
+def test_kernels_benchmark(run_stage: Callable[..., Any], one_thread: None) -> None:
+    records = run_stage("bench_kernels")
+    figures = {r["name"]: r["value"] for r in records if r["kind"] == "figure"}
+    launches = [n.removesuffix(": share of its floor") for n in figures if n.endswith("floor")]
+    assert len(launches) == 11
+    assert {f"values of {name}" for name in launches} == set(names(records, "check"))
+    assert all(figures[name] > 0 for name in launches)
 
 
 def test_step_benchmark(run_stage: Callable[..., Any], one_thread: None) -> None:

@@ -43,6 +43,24 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
     patch.undo()
 
 
+@pytest.fixture(autouse=True)
+def alive() -> Iterator[None]:
+    """Wait for the GPU behind every test, so that an error is that of the test that made it.
+
+    A GPU that faulted serves a process no more: pytest-xdist starts another in its place.
+    """
+    yield
+    if DEVICE != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        print(f"the GPU faulted: {error}", file=sys.stderr, flush=True)
+        os._exit(3)
+
+
 @pytest.fixture
 def backend() -> str:
     """The backend to check."""
