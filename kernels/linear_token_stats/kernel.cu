@@ -57,8 +57,7 @@ template <typename T>
 __device__ Row<T> row_of(const RunRowsArgs& args, int64_t place, int64_t start, int64_t stop) {
   if (start + place >= stop) return {};
   const int64_t source = args.rows[start + place];
-  const T* z =
-      static_cast<const T*>(args.z) + (args.given ? source : place) * args.z_stride;
+  const T* z = static_cast<const T*>(args.z) + (args.given ? source : place) * args.z_stride;
   return {true, source, place, z};
 }
 

@@ -18,6 +18,14 @@ constexpr int kWide = 16 / static_cast<int>(sizeof(T));  // values of a vector
 template <typename T>
 constexpr int kChunk = sizeof(T) == 4 ? 4 : 2;  // vectors of a thread that are summed up at once
 
+// Four bytes of -inf.
+template <typename T>
+inline constexpr unsigned kNone = 0xff800000u;
+template <>
+inline constexpr unsigned kNone<__nv_bfloat16> = 0xff80ff80u;
+template <>
+inline constexpr unsigned kNone<__half> = 0xfc00fc00u;
+
 // The values of four bytes, and back.
 template <typename T>
 __device__ inline void open_word(unsigned word, float* x) {
@@ -84,10 +92,7 @@ struct Part {
 
   // Vector i if it is before `stop`, else -inf.
   __device__ uint4 vector(int i, int stop) const {
-    constexpr unsigned kNone = sizeof(T) == 4                         ? 0xff800000u
-                               : std::is_same_v<T, __nv_bfloat16> ? 0xff80ff80u
-                                                                  : 0xfc00fc00u;
-    return i < stop ? kept[i] : uint4{kNone, kNone, kNone, kNone};
+    return i < stop ? kept[i] : uint4{kNone<T>, kNone<T>, kNone<T>, kNone<T>};
   }
 
   // Whether this thread has an entry of the row.

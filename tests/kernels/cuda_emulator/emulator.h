@@ -1,12 +1,13 @@
 // Threads, blocks and clusters of a CUDA kernel on the CPU.
 //
-// The threads of a cluster are coroutines on one OS thread, clusters run one after another. A thread
-// runs until it waits for its warp, its block or its cluster, and a block until all its threads
-// wait, so results cannot depend on luck, and blocks are as far apart as they can be. The order in
-// which threads and blocks get their turn is reversed by EAPO_EMULATOR_ORDER=descending, which shows
-// a barrier that is missing. A barrier that not all threads reach is an error. An asynchronous copy
-// happens when its thread waits for it, and no earlier. Static shared memory is one for all blocks,
-// so that kernels with clusters must have theirs from the launch; that starts as NaN.
+// The threads of a cluster are coroutines on one OS thread, clusters run one after another. A
+// thread runs until it waits for its warp, its block or its cluster, and a block until all its
+// threads wait, so results cannot depend on luck, and blocks are as far apart as they can be. The
+// order in which threads and blocks get their turn is reversed by EAPO_EMULATOR_ORDER=descending,
+// which shows a barrier that is missing. A barrier that not all threads reach is an error. An
+// asynchronous copy happens when its thread waits for it, and no earlier. Static shared memory is
+// one for all blocks, so that kernels with clusters must have theirs from the launch; that starts
+// as NaN.
 #pragma once
 
 #include <setjmp.h>
