@@ -47,14 +47,21 @@ class Rotations:
         angles: tuple[Tensor, Tensor],
         habit: RotationHabit,
         rotate: Callable[..., tuple[Tensor, Tensor]],
+        *,
+        widens: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return `rotate(q, k, *angles)`; or `q` and `k` [1, H, T, D] as they are, to be turned."""
+        """Return `rotate(q, k, *angles)`; or `q` and `k` [1, H, T, D] as they are, to be turned.
+
+        `widens`: the result of `rotate` is not rounded to the dtype of `q`. Under autocast to that
+        dtype attention does it.
+        """
         self.finish()
-        later = (
-            habit.hands_on
-            and q.shape[0] == 1
-            and not torch.is_autocast_enabled(q.device.type)  # which might cast them in between
-        )
+        kind = q.device.type
+        if torch.is_autocast_enabled(kind):
+            rounds_alike = torch.get_autocast_dtype(kind) == q.dtype
+        else:
+            rounds_alike = not widens
+        later = habit.hands_on and q.shape[0] == 1 and rounds_alike
         if not later:
             q, k = rotate(q, k, *angles)
         self._last = _Rotation(q, k, angles if later else None, habit)
