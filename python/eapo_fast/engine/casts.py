@@ -93,7 +93,8 @@ def _takes(module: nn.Module, dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def _replace(model: nn.Module, modules: list[nn.Module], dtype: torch.dtype) -> None:
-    before, kept = _casts.get(model, {}), {}
+    before = _casts.get(model, {})
+    kept: dict[nn.Module, CastLinear] = {}
     for module in modules:
         assert isinstance(module, nn.Linear)
         cast = before.get(module)
