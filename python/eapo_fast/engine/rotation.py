@@ -15,7 +15,16 @@ class RotationHabit:
     """Whether an attention module hands what its rotary embedding returned on as it is."""
 
     def __init__(self) -> None:
-        self.hands_on = False
+        self._seen: bool | None = None
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether it did every time so far, and at least once."""
+        return bool(self._seen)
+
+    def saw(self, hands_on: bool) -> None:
+        """Take in what it did; who once did otherwise is not trusted again."""
+        self._seen = hands_on and self._seen is not False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +84,11 @@ class Rotations:
         last, self._last = self._last, None
         if last is None:
             return None
-        last.habit.hands_on = last.q is q and last.k is k
+        ours = last.q is q and last.k is k
+        last.habit.saw(ours)
         if last.angles is None:
             return None
-        if not last.habit.hands_on:
+        if not ours:
             raise _error(type(module).__name__)
         cos, sin = last.angles
         return cos[0], sin[0]
@@ -86,8 +96,10 @@ class Rotations:
     def finish(self) -> None:
         """Raise `ModelError` if a rotation is still to be done."""
         last, self._last = self._last, None
-        if last is not None and last.angles is not None:
-            last.habit.hands_on = False
+        if last is None:
+            return
+        last.habit.saw(False)
+        if last.angles is not None:
             raise _error("a module")
 
 
