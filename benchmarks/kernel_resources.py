@@ -102,6 +102,8 @@ def layer_lines() -> list[str]:
                 on = [name.lower() for name in flags if launch.constants.get(name)]
                 if launch.constants.get("REST"):
                     on.append("half of a head")
+                if launch.constants.get("ADD") and launch.args[0].dtype != launch.args[1].dtype:
+                    on.append("to float32 sums")
                 note = ", ".join([str(dtype).removeprefix("torch."), *on])
                 lines.append(triton_line(triton_aot, launch, capability, note))
     return lines

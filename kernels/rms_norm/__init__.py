@@ -78,24 +78,23 @@ def add_rms_norm(
     In Triton this is one launch, with the bits of the sum and of `rms_norm` one after the other.
 
     Args:
-        x, residual: [..., n] of one shape and dtype, as `x` in `rms_norm`.
-        weight, eps, unit_offset, cast_before_weight, backend: as in `rms_norm`.
+        x: [..., n] as in `rms_norm`; in the dtype of `residual`, or of 16 bits beside float32.
+        residual: [..., n], likewise; its dtype is that of both results.
+        weight: [n] in the dtype of `residual`.
+        eps, unit_offset, cast_before_weight, backend: as in `rms_norm`.
 
     Raises `ValueError` or `TypeError` that names the argument which does not fit.
     """
     form = {"unit_offset": unit_offset, "cast_before_weight": cast_before_weight}
     x, residual, weight = x.detach(), residual.detach(), weight.detach()
-    chosen = _choose("add_rms_norm", backend, x)
+    chosen = _choose("add_rms_norm", backend, residual)
     if chosen == "triton":
         from eapo_fast.kernels.rms_norm import triton_kernel
 
         return triton_kernel.rms_norm(x, residual, weight, eps, **form)
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"residual: got {residual.dtype} {list(residual.shape)}, allowed is {x.dtype} "
-            f"{list(x.shape)}, as x"
-        )
-    total = x + residual
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: got shape {list(residual.shape)}, x has {list(x.shape)}")
+    total = (x + residual).to(residual.dtype)
     return total, rms_norm(total, weight, eps, **form, backend=chosen)
 
 

@@ -119,17 +119,19 @@ def rms_norm(
     cast_before_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return (x + residual, its norm), contiguous; without `residual` (x, its norm)."""
-    check_tensor("weight", weight, x.shape[-1:], (x.dtype,), x.device)
+    dtype = x.dtype if residual is None else residual.dtype
+    check_tensor("weight", weight, x.shape[-1:], (dtype,), x.device)
     if not weight.is_contiguous():
         raise ValueError(f"weight: got strides {weight.stride()}, it must be contiguous")
     rows, stride = rows_of("x", x, GPU_STORAGE)
     other, other_stride, total = x, stride, x
     if residual is not None:
-        check_tensor("residual", residual, x.shape, (x.dtype,), x.device)
+        wide = (torch.float32,) if dtype == torch.float32 else (x.dtype,)
+        check_tensor("residual", residual, x.shape, wide, x.device)
         other = residual
         _, other_stride = rows_of("residual", residual, GPU_STORAGE)
-        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        total = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
     width = x.shape[-1]
     if out.numel() == 0:
         return total, out

@@ -157,6 +157,9 @@ def layer(
             for offset, cast in ((False, True), (False, False), (True, False)):
                 form = {"unit_offset": offset, "cast_before_weight": cast}
                 rms_norm.rms_norm(x, residual, weight, 1e-6, **form)
+        rms_norm.rms_norm(
+            x, x.float(), weight.float(), 1e-6, unit_offset=False, cast_before_weight=True
+        )  # under autocast
         for kind in ("silu", "gelu_tanh"):
             gated_activation.gated_activation(gate, gate, kind=kind)
         for rotated in (dim, dim // 2):
@@ -186,7 +189,8 @@ def test_layers(shape: str, dtype: torch.dtype, capability: int) -> None:
     for launch in {triton_aot.variant(x): x for x in layer(dtype, **LAYERS[shape])}.values():
         found = compiled(launch, capability)
         assert found.stack == 0, launch.name
-        assert found.shared <= 1024
+        mixed = launch.constants.get("ADD") and launch.args[0].dtype != launch.args[1].dtype
+        assert found.shared <= (4 * launch.constants["BLOCK"] if mixed else 1024)
         assert "ld.global.v4.b32" in found.ptx, launch.name
         assert "st.global.v4.b32" in found.ptx, launch.name
 

@@ -130,8 +130,11 @@ class FusedNorm:
         return float(vars(self._module)[self._form.eps])
 
     def _fits(self, x: Tensor, residual: Tensor, weight: Tensor) -> bool:
+        narrower = x.dtype.itemsize == 2 and residual.dtype == torch.float32  # under autocast
         return (
-            self._target.takes(x, residual, weight)
+            self._target.takes(residual, weight)
+            and self._target.takes(x)
+            and (x.dtype is residual.dtype or narrower)
             and x.shape == residual.shape
             and x.is_contiguous()
             and residual.is_contiguous()

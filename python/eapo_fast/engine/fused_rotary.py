@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -43,7 +44,7 @@ def _with_fused_rotary(own: Forward, target: Target) -> FunctionType | None:
 
 def _rotate(
     own: Forward,
-    forms: frozenset[Any],
+    forms: Mapping[Any, bool],
     target: Target,
     habit: RotationHabit,
     *args: Any,
@@ -51,18 +52,19 @@ def _rotate(
 ) -> Any:
     if len(args) == 4 and not kwargs:
         q, k, cos, sin = args
-        fits = target.takes(q, k) and target.takes(cos, sin) and _form(q, cos) in forms
+        widens = forms.get(_form(q, cos))
+        fits = target.takes(q, k) and target.takes(cos, sin) and widens is not None
         if (
             fits
             and q.stride(-1) == k.stride(-1) == 1
             and cos.is_contiguous()
             and sin.is_contiguous()
         ):
-            rotate = partial(rotary, backend=target.backend)
+            rotate = own if widens else partial(rotary, backend=target.backend)
             rotations = rotations_of_this_forward() if target.backend == "triton" else None
             if rotations is None:
                 return rotate(q, k, cos, sin)
-            return rotations.ask(q, k, (cos, sin), habit, rotate)
+            return rotations.ask(q, k, (cos, sin), habit, rotate, widens=bool(widens))
     return own(*args, **kwargs)
 
 
@@ -71,21 +73,27 @@ def _form(q: Tensor, cos: Tensor) -> tuple[bool, torch.dtype, torch.dtype]:
 
 
 @cache
-def _rotary_forms(rotate: Any, target: Target) -> frozenset[tuple[bool, torch.dtype, torch.dtype]]:
-    """The kinds of argument for which `rotate` gives what the fused op gives."""
+def _rotary_forms(rotate: Any, target: Target) -> dict[tuple[bool, torch.dtype, torch.dtype], bool]:
+    """The kinds of argument for which `rotate` gives what the fused op gives.
 
-    def agrees(width: int, dtype: torch.dtype, angles: torch.dtype) -> bool:
+    True where it gives that in float32, not yet rounded to the dtype of the queries.
+    """
+
+    def agrees(width: int, dtype: torch.dtype, angles: torch.dtype, widens: bool) -> bool:
         q, k = sample(target, dtype, 2, 5, 3, 16), sample(target, dtype, 2, 2, 3, 16, seed=1)
         cos, sin = (sample(target, angles, 2, 3, width, seed=seed) for seed in (2, 3))
-        ours = rotary(q, k, cos, sin, backend=target.backend)
-        pairs = zip(ours, rotate(q, k, cos, sin), strict=True)
-        return all(same(got, want) for got, want in pairs)
+        ours, own = rotary(q, k, cos, sin, backend=target.backend), rotate(q, k, cos, sin)
+        if widens and any(x.dtype != torch.float32 for x in own):
+            return False
+        pairs = zip(ours, own, strict=True)
+        return all(same(got, want.to(dtype) if widens else want) for got, want in pairs)
 
-    dtypes = [(dtype, dtype) for dtype in target.dtypes]
-    dtypes += [(dtype, torch.float32) for dtype in target.dtypes if dtype != torch.float32]
-    return frozenset(
-        (width == 16, dtype, angles)
-        for width in (16, 8)
-        for dtype, angles in dtypes
-        if trial(partial(agrees, width, dtype, angles))
-    )
+    found = {}
+    for width in (16, 8):
+        for dtype in target.dtypes:
+            for angles in {dtype, torch.float32}:
+                for widens in (False, True) if angles != dtype else (False,):
+                    if trial(partial(agrees, width, dtype, angles, widens)):
+                        found[width == 16, dtype, angles] = widens
+                        break
+    return found

@@ -15,7 +15,16 @@ class RotationHabit:
     """Whether an attention module hands what its rotary embedding returned on as it is."""
 
     def __init__(self) -> None:
-        self.hands_on = False
+        self._seen: bool | None = None
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether it did every time so far, and at least once."""
+        return bool(self._seen)
+
+    def saw(self, hands_on: bool) -> None:
+        """Take in what it did; who once did otherwise is not trusted again."""
+        self._seen = hands_on and self._seen is not False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +56,21 @@ class Rotations:
         angles: tuple[Tensor, Tensor],
         habit: RotationHabit,
         rotate: Callable[..., tuple[Tensor, Tensor]],
+        *,
+        widens: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return `rotate(q, k, *angles)`; or `q` and `k` [1, H, T, D] as they are, to be turned."""
+        """Return `rotate(q, k, *angles)`; or `q` and `k` [1, H, T, D] as they are, to be turned.
+
+        `widens`: the result of `rotate` is not rounded to the dtype of `q`. Under autocast to that
+        dtype attention does it.
+        """
         self.finish()
-        later = (
-            habit.hands_on
-            and q.shape[0] == 1
-            and not torch.is_autocast_enabled(q.device.type)  # which might cast them in between
-        )
+        kind = q.device.type
+        if torch.is_autocast_enabled(kind):
+            rounds_alike = torch.get_autocast_dtype(kind) == q.dtype
+        else:
+            rounds_alike = not widens
+        later = habit.hands_on and q.shape[0] == 1 and rounds_alike
         if not later:
             q, k = rotate(q, k, *angles)
         self._last = _Rotation(q, k, angles if later else None, habit)
@@ -68,10 +84,11 @@ class Rotations:
         last, self._last = self._last, None
         if last is None:
             return None
-        last.habit.hands_on = last.q is q and last.k is k
+        ours = last.q is q and last.k is k
+        last.habit.saw(ours)
         if last.angles is None:
             return None
-        if not last.habit.hands_on:
+        if not ours:
             raise _error(type(module).__name__)
         cos, sin = last.angles
         return cos[0], sin[0]
@@ -79,8 +96,10 @@ class Rotations:
     def finish(self) -> None:
         """Raise `ModelError` if a rotation is still to be done."""
         last, self._last = self._last, None
-        if last is not None and last.angles is not None:
-            last.habit.hands_on = False
+        if last is None:
+            return
+        last.habit.saw(False)
+        if last.angles is not None:
             raise _error("a module")
 
 

@@ -164,6 +164,39 @@ def test_the_sampler_on_all_of_it(
         torch.testing.assert_close(torch.tensor(row.logprobs), expected, rtol=0, atol=2e-5)
 
 
+def test_autocast(
+    make_model: MakeModel,
+    device: torch.device,
+    counts: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A float32 model under autocast: sums of two dtypes, and rotations that autocast rounds."""
+    turned: list[torch.dtype] = []
+    op = paged_attention.rotary_kv_write
+
+    def count(*args: Any, **kwargs: Any) -> Tensor:
+        turned.append(args[0].dtype)
+        return op(*args, **kwargs)
+
+    monkeypatch.setattr(paged_attention, "rotary_kv_write", count)
+    model = make_model(spread=0.15).to(device)
+    params = SamplingParams(max_tokens=5, temperature=0.0)
+    rows = []
+    with torch.autocast(device.type, torch.bfloat16):
+        units_of(model)  # whose trials count too
+    counts.clear()
+    for use in (True, False):
+        sampler = Sampler(model, config=SamplerConfig(block_size=4, fused_modules=use))
+        with torch.autocast(device.type, torch.bfloat16):
+            rows.append(sampler.generate([[5, 6, 7]], params)[0][0])
+        assert len(turned) == 4 * 2
+    assert set(turned) == {torch.bfloat16}
+    assert counts["add_rms_norm"] == 5 * 4
+    assert rows[0].token_ids == rows[1].token_ids
+    ours, plain = (torch.tensor(row.logprobs) for row in rows)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=2e-3)
+
+
 def test_weights_may_change_in_place(make_model: MakeModel, device: torch.device) -> None:
     model = make_model().to(device)
     with fused_modules(model):

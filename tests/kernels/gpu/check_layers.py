@@ -92,6 +92,11 @@ def test_add_rms_norm(form: str, dtype: torch.dtype, backend: str, device: torch
         total, normed = add_rms_norm(*inputs, **FORMS[form], backend=backend)
         assert torch.equal(total.cpu(), x + residual)
         assert torch.equal(normed, rms_norm(total, weight, 1e-5, **FORMS[form], backend=backend))
+        wide = residual.float().to(device), weight.float(), 1e-5  # as under autocast
+        total, normed = add_rms_norm(inputs[0], *wide, **FORMS[form], backend=backend)
+        assert total.dtype == normed.dtype == torch.float32
+        assert torch.equal(total.cpu(), x.float() + residual.float())
+        assert torch.equal(normed, rms_norm(total, *wide[1:], **FORMS[form], backend=backend))
 
 
 @pytest.fixture
