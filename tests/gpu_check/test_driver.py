@@ -201,6 +201,9 @@ def test_report(tmp_path: Path) -> None:
     for part in ("FAILED  not exact", "<= 155         pass", ">= 0.9         MISS", "needs z"):
         assert part in text
     assert "1 of 2 checks hold, 1 of 2 bars are reached; not in order: a; skipped: b" in text
+    last = text[text.index("Bars:") :].splitlines()
+    assert [line.split()[0] for line in last[1:4]] == ["fast", "slow", "FAILED"]
+    assert last[3] == "FAILED  not exact"
     assert report.exit_code(found) == 1
     missed = [{**stages[0], "status": "passed"}, stages[1]]
     assert report.exit_code({**found, "stages": missed}) == 0
