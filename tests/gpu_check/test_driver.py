@@ -253,6 +253,25 @@ def test_a_run_without_a_gpu(
     assert "there is no GPU" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("torch_says", "device"), [(None, "cuda"), ("NVIDIA H200", "cuda"), ("", "")]
+)
+def test_a_gpu_is_found_without_torch(
+    torch_says: str | None, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first import of torch may outlast its box; a torch for CPUs has no use for a GPU."""
+    import gpu_check.__main__ as driver
+    from gpu_check.runner import Outcome
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = driver._Run(driver._options(["--out", str(tmp_path)]))
+    records = [{"kind": "note", "name": "environment", "gpu": "NVIDIA H200", "modules": {}}]
+    if torch_says is not None:
+        records.append({"kind": "note", "name": "torch", "gpu": torch_says, "torch": "2.11.0"})
+    run._learn([Outcome("environment", "timed out", 40.0, records)])
+    assert run.device == device
+
+
 def test_missing_packages_skip_what_needs_them(
     tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
