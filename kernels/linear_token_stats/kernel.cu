@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int blocks = args.cluster, rank = static_cast<int>(blockIdx.x) % blocks;
   Part<T> part(&meeting + 1, args.vocab, rank * args.part, args.part);
   const float scale = args.inverse * kLog2e;
-  const int64_t start = args.span[0], stop = args.span[1];
+  const int64_t start = args.span[0], stop = min(args.span[1], start + args.size);
   const int64_t clusters = gridDim.x / static_cast<unsigned>(blocks);
   Row<T> row = row_of<T>(args, blockIdx.x / static_cast<unsigned>(blocks), start, stop);
   if (!row.there) return;

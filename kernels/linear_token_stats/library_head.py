@@ -131,6 +131,18 @@ class LibraryHead(TritonHead):
         if self.of_bias is not None:
             self.of_bias[: self.vocab] += slopes.sum(0, dtype=torch.float32)
 
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of hidden, weight and bias, rounded once; None where not wanted."""
+        if self.of_weight is not None and not self._has_weight:
+            self.of_weight.zero_()
+        return super().gradients()
+
+    def _weight_sum(self) -> Tensor:
+        """Return where the gradient of the weight is summed up: the first product writes it."""
+        padded = self.weight.shape[0] > self.vocab
+        make = torch.zeros if padded else torch.empty
+        return make(self.weight.shape, device=self.weight.device)
+
     def _write_hidden(self, span: Span, found: Tensor) -> None:
         assert self.of_hidden is not None
         stop = span.start + span.size

@@ -54,7 +54,7 @@ class TritonHead(RowPass):
         self.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         self.chunk_size, self.wanted = chunk_size, wanted
         self.of_hidden = _zeros(wanted[0], hidden)
-        self.of_weight = _zeros(wanted[1], weight)
+        self.of_weight = self._weight_sum() if wanted[1] else None
         self.of_bias = None if bias is None else _zeros(wanted[2], bias)
         self._slab: Tensor | None = None
 
@@ -162,6 +162,10 @@ class TritonHead(RowPass):
         """Give the memory of the slab back; gradients and statistics stay."""
         super().close()
         self._slab = None
+
+    def _weight_sum(self) -> Tensor:
+        """Return where the gradient of the weight is summed up."""
+        return torch.zeros(self.weight.shape, device=self.weight.device)
 
     def _set(self, start: int, stop: int, slopes: Coefficients) -> None:
         own = self.rows[start:stop]

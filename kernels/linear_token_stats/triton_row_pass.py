@@ -85,7 +85,7 @@ class RowPass:
         self.targets, self.vocab = targets, vocab_size
         self.temperature, self.softcap = temperature, softcap
         self.bias = None if bias is None else bias.float().contiguous()
-        self.bans = None if banned is None else _sorted(banned, count)
+        self.bans = _sorted(banned, count) if banned is not None and len(banned[0]) else None
         self.rows, self.count = live or (
             torch.arange(count, device=device),
             torch.full((1,), count, device=device),
@@ -214,8 +214,7 @@ class RowPass:
 
 
 def _sorted(banned: tuple[Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor]:
-    """Order (rows, ids) by row: starts [n + 1] and ids [B]; none leaves room for one."""
+    """Order (rows, ids) by row: starts [n + 1] and ids [B]."""
     where, order = banned[0].long().sort(stable=True)
     starts = torch.searchsorted(where, torch.arange(rows + 1, device=where.device))
-    ids = banned[1].long()[order]
-    return starts, ids if len(ids) else ids.new_zeros(1)
+    return starts, banned[1].long()[order]

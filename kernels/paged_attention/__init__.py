@@ -153,8 +153,8 @@ def paged_attention(
 
 
 def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
-    q, k = rotary(*heads, cos[None], sin[None], backend=backend)
+    q, k = q.transpose(0, 1)[None], k.transpose(0, 1)[None]
+    q, k = rotary(q, k, cos[None], sin[None], backend=backend)
     return q[0].transpose(0, 1).contiguous(), k[0].transpose(0, 1).contiguous()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eapo_fast import _core
-from eapo_fast.kernels.backend import choose_backend
+from eapo_fast.kernels.backend import Refusal, choose_backend
 from eapo_fast.kernels.native import (
     GPU_STORAGE,
     cpu_refusal,
@@ -100,5 +100,8 @@ def add_rms_norm(
 
 
 def _choose(op: str, backend: str, x: Tensor) -> str:
-    refusals = {"cpu": cpu_refusal, "triton": partial(triton_refusal, dtypes=GPU_STORAGE)}
+    refusals: dict[str, Refusal] = {
+        "cpu": cpu_refusal,
+        "triton": partial(triton_refusal, dtypes=GPU_STORAGE),
+    }
     return choose_backend(op, backend, refusals, x)

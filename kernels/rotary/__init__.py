@@ -94,8 +94,8 @@ def rotary_kv_write(
 
         check_kv_write(k, v, k_cache, v_cache, slots)
         return triton_kernel.rotary_kv_write(q, k, v, cos, sin, k_cache, v_cache, slots)
-    heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
-    turned, keys = rotary(*heads, cos[None], sin[None], backend=backend)
+    heads = q.transpose(0, 1)[None], k.transpose(0, 1)[None]
+    turned, keys = rotary(heads[0], heads[1], cos[None], sin[None], backend=backend)
     kv_write(keys[0].transpose(0, 1).contiguous(), v, k_cache, v_cache, slots, backend=backend)
     return turned[0].transpose(0, 1)
 

@@ -241,7 +241,7 @@ def rotary_kv_write(
     slots: Tensor,
 ) -> Tensor:
     """Return the turned queries, packed; shapes as in the public function."""
-    _check(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k)), cos[None], sin[None])
+    _check(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None])
     tokens, q_heads, dim = q.shape
     k_heads = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -16,7 +16,8 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as parti
 
 from eapo_fast import _core
 from eapo_fast.kernels.gated_activation import KINDS, gated_activation
-from eapo_fast.kernels.rms_norm import rms_norm
+from eapo_fast.kernels.paged_attention import flash, paged_attention
+from eapo_fast.kernels.rms_norm import add_rms_norm, rms_norm
 from eapo_fast.kernels.rotary import rotary
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -193,6 +194,59 @@ def test_bad_arguments_are_named() -> None:
         rotary(heads, heads, halves, halves)
 
 
+def test_sum_and_norm_at_once() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x, residual = normal(3, 5, 24).to(dtype), normal(3, 5, 24, seed=1).to(dtype)
+        weight = normal(24, seed=2).to(dtype)
+        for form in NORMS.values():
+            total, norm = add_rms_norm(x, residual, weight, 1e-6, **form)
+            assert torch.equal(total, x + residual)
+            assert torch.equal(norm, rms_norm(total, weight, 1e-6, **form))
+    with pytest.raises(ValueError, match=r"residual: got torch\.float64 \[3, 4, 24\], allowed is"):
+        add_rms_norm(x, residual[:, :4], weight, 1e-6)
+
+
 def test_no_rows() -> None:
     assert rms_norm(torch.empty(0, 8), torch.ones(8), 1e-6).shape == (0, 8)
     assert gated_activation(torch.empty(2, 0, 8), torch.empty(2, 0, 8)).shape == (2, 0, 8)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "flash", "reference"])
+def test_attention_turns_queries_and_keys_first(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every backend: the result and the caches of `rotary` before `paged_attention`."""
+    q, k, v = normal(5, 4, 16), normal(5, 2, 16, seed=1), normal(5, 2, 16, seed=2)
+    phases = normal(5, 16, seed=3)
+    angles = phases.cos(), phases.sin()
+    turned = rotary(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *(x[None] for x in angles))
+    if backend == "flash":  # what its module would be asked for, once the cache is written
+
+        def attend(q: Tensor, k: None, v: None, **arguments: Any) -> Tensor:
+            assert (k, v) == (None, None)
+            absent = torch.full_like(arguments["slots"], -1)
+            none = torch.zeros(5, 2, 16)
+            arguments |= {"slots": absent, "backend": "reference"}
+            return paged_attention(q, none, none, **arguments)
+
+        monkeypatch.setattr(flash, "flash_refusal", lambda *_, **__: None)
+        monkeypatch.setattr(flash, "paged_attention", attend)
+    results = []
+    turned_q, turned_k = (x[0].transpose(0, 1).contiguous() for x in turned)
+    for inputs, how in (((q, k, v), angles), ((turned_q, turned_k, v), None)):
+        caches = torch.zeros(4, 4, 2, 16), torch.zeros(4, 4, 2, 16)
+        out = paged_attention(
+            *inputs,
+            *caches,
+            slots=torch.tensor([0, 1, 2, 4, -1]),
+            cu_q=torch.tensor([0, 3, 5], dtype=torch.int32),
+            kv_lens=torch.tensor([3, 2], dtype=torch.int32),
+            block_tables=torch.tensor([[0], [1]], dtype=torch.int32),
+            scale=0.25,
+            angles=how,
+            longest=(3, 4),
+            backend=backend if how is not None or backend != "flash" else "reference",
+        )
+        results.append((out, *caches))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=2e-6)

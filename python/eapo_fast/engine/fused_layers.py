@@ -76,7 +76,7 @@ def _layer_forward(
     optional = _optional(own)
 
     def call(name: str | None, x: Tensor) -> Tensor:
-        return x if name is None else parts[name](x)  # type: ignore[misc, no-any-return]
+        return x if name is None else parts[name](x)  # type: ignore[misc]
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not target.takes(hidden_states) or len(args) > len(optional):
@@ -130,9 +130,10 @@ def _layer_agrees(cls: Any, own: Forward, form: _Form, target: Target) -> bool:
         names = list(_optional(own))
         fused = _layer_forward(layer, form, None, target)
         for arguments in ({}, {names[0]: token, "of_its_own": token}, dict.fromkeys(names, token)):
-            want, got = own(layer, x, **arguments), fused(x, **arguments)
-            if type(got) is not type(want) or not torch.equal(got, want):
+            want, found = own(layer, x, **arguments), fused(x, **arguments)
+            if type(found) is not type(want) or not torch.equal(found, want):
                 return False
-        return layer.self_attn.got[::2] == layer.self_attn.got[1::2]
+        got: list[dict[str, Any]] = layer.self_attn.got
+        return got[::2] == got[1::2]
 
     return trial(run)

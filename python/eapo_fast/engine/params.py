@@ -34,7 +34,8 @@ class SamplerConfig:
     cuda_graphs: bool = True
     """Replay decode steps as CUDA graphs, on a GPU and where the model can be captured."""
     fused_modules: bool = True
-    """On a CPU run normalisation and gated activations of known module classes fused."""
+    """Run norms, gated activations and rotary embeddings of known module classes fused; on a GPU
+    residual sums too."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_batch", "max_prefill_tokens"):

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from eapo_fast import _core
+from eapo_fast.engine.casts import cast_weights
 from eapo_fast.engine.forward import PagedForward
 from eapo_fast.engine.fused import fused_modules
 from eapo_fast.engine.graphs import DecodeGraphs
@@ -203,7 +204,7 @@ class Sampler:
             forward=forward,
         )
         try:
-            with sampling_mode(self.model), fused:
+            with sampling_mode(self.model), cast_weights(self.model), fused:
                 yield session
             stats = session.scheduler.stats()
             self._counts.update({name: stats[name] for name in COUNTERS})

@@ -209,8 +209,8 @@ class Session:
         self.scheduler.release(seq)
 
     def _sample(self, plan: Any, logits: Tensor) -> Draws:
-        arrays = {name: getattr(plan, name) for name in _SETTINGS}
-        given = dict(zip(arrays, upload(list(arrays.values()), self._device), strict=True))
+        sent = upload([getattr(plan, name) for name in _SETTINGS], self._device)
+        given: dict[str, Any] = dict(zip(_SETTINGS, sent, strict=True))
         banned = given.pop("ban_rows"), given.pop("ban_ids")
         return sample(logits, rows=given.pop("sample_rows"), **given, banned=banned)
 

@@ -93,13 +93,14 @@ def _flash_varlen() -> Any | None:
 def _torch_varlen() -> Callable[..., Tensor] | None:
     """Return torch's own varlen attention, for fewer key heads than query heads too."""
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention import varlen
     except ImportError:
         return None
     if not torch.backends.cuda.is_flash_attention_available():
         return None
-    named = "enable_gqa" in inspect.signature(varlen_attn).parameters  # before, it asks for nothing
-    return partial(varlen_attn, enable_gqa=True) if named else varlen_attn
+    kernel: Callable[..., Any] = varlen.varlen_attn
+    named = "enable_gqa" in inspect.signature(kernel).parameters  # before, it asks for nothing
+    return partial(kernel, enable_gqa=True) if named else kernel
 
 
 def _attend(

@@ -344,14 +344,14 @@ def test_distance_from_zero(shift: float, device: torch.device) -> None:
     close_gradients(z.cpu(), slope, got, want, [0, 1, 2, 3], 1.0)
 
 
-@pytest.mark.parametrize("span", [[0, 0], [2, 2], [1, 3], [0, 9], [5, 3]])
+@pytest.mark.parametrize("span", [[0, 0], [2, 2], [1, 3], [0, 9], [5, 3], [0, 90]])
 def test_spans(span: list[int], device: torch.device) -> None:
     """Rows of a slab lie one behind the other; the span says which of the list they are."""
     listed = [7, 1, 8, 2, 5, 0, 3, 6, 4]
     logits, targets = case(600, torch.bfloat16, rows=9)
     own = given(logits, targets)
     want, slope = wanted(logits, targets, own, EAPO, 1.0)
-    rows = listed[span[0] : span[1]]
+    rows = listed[span[0] : span[1]]  # and no more than there are
     z = torch.full((9, 600), POISON, dtype=torch.bfloat16, device=device)
     z[: len(rows)] = logits[rows].to(device)
     got = launch(z, targets, own, EAPO, out=z, listed=listed, span=span, given=False)

@@ -38,7 +38,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, int], tuple[int, int]]] = {
 }
 """Settings; modules that are fused; norms of a forward alone and with the sum before them."""
 
-IDS = torch.arange(5, 13).view(2, 4)
+DTYPES = (torch.float32, torch.bfloat16)
+IDS = torch.arange(5, 9).view(2, 2)
 MakeModel = Callable[..., Any]
 
 
@@ -98,7 +99,7 @@ def test_logits_are_those_of_the_model(
 ) -> None:
     """To rounding, with as few launches of norms as there can be, and nothing stays behind."""
     changes, wanted, (alone, with_sum) = KINDS[kind]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES if kind in ("qwen2", "phi3", "gemma3_text") else DTYPES[:1]:
         model = make_model(kind, **changes)
         random_norms(model)
         model.to(device, dtype)
@@ -149,13 +150,13 @@ def test_the_sampler_on_all_of_it(
     model.generation_config.eos_token_id = None
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 40, 41]]
     config = SamplerConfig(block_size=4, max_prefill_tokens=6)
-    params = SamplingParams(max_tokens=8, temperature=0.0)
+    params = SamplingParams(max_tokens=6, temperature=0.0)
     rows = Sampler(model, config=config).generate(prompts, params)
-    assert len(turned) >= 2 * 7
+    assert len(turned) >= 2 * 5
     assert len(turned) % 2 == 0
     for prompt, (row,) in zip(prompts, rows, strict=True):
         ids = torch.tensor([prompt], device=device)
-        want = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)
+        want = model.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0)
         assert row.token_ids == want[0, len(prompt) :].tolist()
         with torch.no_grad():
             scores = model(want, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)

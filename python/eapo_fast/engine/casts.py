@@ -1,0 +1,111 @@
+"""Weights that autocast would cast, cast once for the time of a sampling call.
+
+A captured forward cannot keep what autocast casts: it would cast every weight at every step, which
+for a small model takes half as long as the step. So its linear modules get a copy of their weight
+in autocast's dtype, written anew when sampling begins; the products are autocast's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eapo_fast.engine.mode import Step, held_together
+
+
+class CastLinear:
+    """The forward of a linear module while it is sampled under autocast.
+
+    Where gradients are enabled, or autocast is off in a thread, the module's own forward runs.
+    """
+
+    def __init__(self, module: nn.Linear, dtype: torch.dtype) -> None:
+        self._module, self.dtype = module, dtype
+        with torch.inference_mode(False):
+            self.copies = [torch.empty_like(x, dtype=dtype) for x in self.sources()]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the product that autocast would make of `x` [..., in]."""
+        kind = x.device.type
+        if torch.is_grad_enabled() or not torch.is_autocast_enabled(kind):
+            return nn.Linear.forward(self._module, x)
+        if torch.get_autocast_dtype(kind) != self.dtype:
+            return nn.Linear.forward(self._module, x)
+        weight, *bias = self.copies
+        return F.linear(x, weight, *bias)
+
+    def sources(self) -> list[Tensor]:
+        """Return the weight and, if there is one, the bias."""
+        found = [self._module.weight.detach()]
+        return found if self._module.bias is None else [*found, self._module.bias.detach()]
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether the copies are in `dtype`, and still like what they are copies of."""
+        mine = [(x.shape, x.device) for x in self.copies]
+        return self.dtype == dtype and mine == [(x.shape, x.device) for x in self.sources()]
+
+
+_casts: WeakKeyDictionary[nn.Module, dict[nn.Module, CastLinear]] = WeakKeyDictionary()
+"""Of each model that was sampled so, while it lives."""
+
+
+@contextmanager
+def cast_weights(model: nn.Module) -> Iterator[None]:
+    """Have the linear modules of `model` multiply by cast copies; any exit undoes it, and it nests.
+
+    On a GPU under autocast; elsewhere nothing happens. The weights must not change inside. Copies
+    are kept for the next time, since captured forwards read them where they lie.
+    """
+    dtype = _wanted(model)
+    if dtype is None:
+        yield
+        return
+
+    def prepare() -> tuple[Step, Step]:
+        modules = [m for m in model.modules() if _takes(m, dtype)]
+        return lambda: _replace(model, modules, dtype), lambda: _undo(modules)
+
+    with held_together(model, "casts", prepare):
+        yield
+
+
+def _wanted(model: nn.Module) -> torch.dtype | None:
+    """Return autocast's dtype on the model's device, if there is something to be gained."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if device != "cuda" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _takes(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a module is a linear one whose weight autocast would cast, and is nobody else's."""
+    return (
+        type(module) is nn.Linear
+        and module.weight.dtype == torch.float32 != dtype
+        and "forward" not in vars(module)
+    )
+
+
+@torch.no_grad()
+def _replace(model: nn.Module, modules: list[nn.Module], dtype: torch.dtype) -> None:
+    before = _casts.get(model, {})
+    kept: dict[nn.Module, CastLinear] = {}
+    for module in modules:
+        assert isinstance(module, nn.Linear)
+        cast = before.get(module)
+        kept[module] = cast if cast and cast.fits(dtype) else CastLinear(module, dtype)
+    _casts[model] = kept
+    for module, cast in kept.items():
+        for copy, source in zip(cast.copies, cast.sources(), strict=True):
+            copy.copy_(source)
+        vars(module)["forward"] = cast
+
+
+def _undo(modules: list[nn.Module]) -> None:
+    for module in modules:
+        vars(module).pop("forward", None)
