@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -36,8 +37,11 @@ def compiler() -> str | None:
 def load(folder: Path) -> ModuleType:
     """Build the module in `folder` unless its sources are unchanged, and import it."""
     library = folder / f"{_fingerprint()}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        _build(library)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # one process builds, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(library)
     spec = importlib.util.spec_from_file_location("_cuda_emulated", library)
     assert spec is not None
     assert spec.loader is not None

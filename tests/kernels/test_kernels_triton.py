@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from gpu_runs import run_checks
+from gpu_runs import Checks, Running, passed, run
 
 CHECKS = [
     "fused",
@@ -21,6 +21,8 @@ CHECKS = [
     "shared_prefix",
     "truncation",
 ]
+ON_THE_LIBRARY = ["linear_loss", "linear_plans"]
+INTERPRETED = (("TRITON_INTERPRET", "1"), ("CUDA_VISIBLE_DEVICES", ""))
 
 
 @pytest.fixture(autouse=True)
@@ -31,20 +33,22 @@ def triton() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKS)
-def test_interpreted(check: str) -> None:
-    run_checks(check, "triton", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+@pytest.mark.parametrize("checks", [Checks(c, "triton", INTERPRETED) for c in CHECKS], ids=str)
+def test_interpreted(checks: Checks, running: Running) -> None:
+    running.expect(checks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["linear_loss", "linear_plans"])
-def test_products_of_the_library(check: str) -> None:
+@pytest.mark.parametrize(
+    "checks", [Checks(c, "cuda", INTERPRETED) for c in ON_THE_LIBRARY], ids=str
+)
+def test_products_of_the_library(checks: Checks, running: Running) -> None:
     """Rows in Triton, products by torch; on a CPU those are the CPU's."""
-    run_checks(check, "cuda", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    running.expect(checks)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_a_gpu(check: str) -> None:
-    run_checks(check, "triton", TRITON_INTERPRET="0")
+    passed(run(Checks(check, "triton", (("TRITON_INTERPRET", "0"),))))
