@@ -31,14 +31,14 @@ _MODEL = ("torch", "transformers", "eapo_fast")
 _TRAINER = (*_MODEL, "safetensors", "jinja2", "sympy", "flint", "rich", "matplotlib")
 """What the trainer imports on its way; rewards need the two for algebra."""
 STAGES = (
-    Stage("environment", "gpu_check.environment", 0, 25),
-    Stage("build", "gpu_check.build", 1, 100, ("torch", "scikit_build_core", "pybind11")),
+    Stage("environment", "gpu_check.environment", 0, 40),
+    Stage("build", "gpu_check.build", 1, 95, ("torch", "scikit_build_core", "pybind11")),
     *(
         Stage(
             f"triton_{dtype}",
             "gpu_check.correctness",
             2,
-            90,
+            85,
             ("triton", "eapo_fast"),
             "correctness",
             options={"backend": "triton", "dtype": dtype},
@@ -49,15 +49,15 @@ STAGES = (
         "cuda",
         "gpu_check.correctness",
         2,
-        90,
+        85,
         ("torch", "eapo_fast"),
         "correctness",
         options={"backend": "cuda"},
     ),
-    Stage("tests", "gpu_check.suites", 2, 90, ("pytest", "eapo_fast"), "correctness"),
-    Stage("sanitizer", "gpu_check.sanitizer", 2, 90, ("torch", "eapo_fast"), "correctness"),
-    Stage("sampler", "gpu_check.sampler", 3, 70, _MODEL, elastic=True),
-    Stage("training", "gpu_check.training", 3, 70, _TRAINER, elastic=True),
+    Stage("tests", "gpu_check.suites", 2, 85, ("pytest", "eapo_fast"), "correctness"),
+    Stage("sanitizer", "gpu_check.sanitizer", 2, 85, ("torch", "eapo_fast"), "correctness"),
+    Stage("sampler", "gpu_check.sampler", 3, 65, _MODEL, elastic=True),
+    Stage("training", "gpu_check.training", 3, 65, _TRAINER, elastic=True),
     Stage(
         "bench_loss", "gpu_check.bench_loss", 5, 75, ("torch", "eapo_fast"), "benchmarks",
         elastic=True,
@@ -205,7 +205,7 @@ class _Run:
         for outcome in outcomes:
             if outcome.stage == "environment":
                 notes = [r for r in outcome.records if r["kind"] == "note"]
-                found = dict(notes[0]) if notes else {}
+                found = {k: v for note in notes for k, v in note.items()}
                 self._environment = {k: v for k, v in found.items() if k not in ("kind", "name")}
                 self.report["environment"] = self._environment
                 self.device = self.device or ("cuda" if self._environment.get("gpu") else "")

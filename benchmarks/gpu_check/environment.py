@@ -51,7 +51,7 @@ def run(request: Request, recorder: Recorder) -> None:
         versions={p: _version(p) for m, p in PACKAGES.items() if modules[m]},
         tools=tools,
         nvcc=_first_line(tools["nvcc"], "--version", -1),
-        **hardware(),
+        **machine(),
     )
     for module, package in PACKAGES.items():
         if not modules[module]:
@@ -59,22 +59,32 @@ def run(request: Request, recorder: Recorder) -> None:
     for name, path in tools.items():
         if path is None:
             recorder.skip(name, "not found")
+    if modules["torch"]:  # last: a first import from a cold disk may take longer than the box
+        recorder.note("torch", **seen_by_torch())
 
 
-def hardware() -> dict[str, Any]:
-    """Return CPU, GPU and driver as far as they can be read."""
-    found: dict[str, Any] = {
+def machine() -> dict[str, Any]:
+    """Return CPU, GPU and driver as far as they can be read without torch."""
+    smi = shutil.which("nvidia-smi")
+    return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "gpu": "",
+        "gpu": _first_line(smi, "--query-gpu=name --format=csv,noheader", 0),
+        "driver": _first_line(smi, "--query-gpu=driver_version --format=csv,noheader", 0),
     }
-    if find_spec("torch") is None:
-        return found
+
+
+def seen_by_torch() -> dict[str, Any]:
+    """Return torch's version and the GPU that it can use, if there is one."""
     import torch
 
-    found |= {"torch": torch.__version__, "cuda": torch.version.cuda or ""}
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "gpu": "",
+    }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {
@@ -82,9 +92,6 @@ def hardware() -> dict[str, Any]:
             "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
-            "driver": _first_line(
-                shutil.which("nvidia-smi"), "--query-gpu=driver_version --format=csv,noheader", 0
-            ),
         }
     return found
 

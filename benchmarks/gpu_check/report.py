@@ -21,11 +21,20 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Return the run as text: stages, failed checks, what was skipped, figures and bars."""
+    """Return the run as text: stages, failed checks, what was skipped, figures.
+
+    What matters most comes last, where a long output is cut off: the bars, what failed, the sum.
+    """
     lines = [_head(report), ""]
     for outcome in report["stages"]:
         lines += _stage(outcome)
-    lines += ["", _summary(report)]
+    records = [r for outcome in report["stages"] for r in outcome["records"]]
+    barred = [r for r in records if r["kind"] == "figure" and r["passed"] is not None]
+    if barred:
+        barred.sort(key=lambda record: not record["passed"])
+        lines += ["", "Bars:", *map(_figure, barred)]
+    lines += [f"FAILED  {r['name']}" for r in records if r["kind"] == "check" and not r["passed"]]
+    lines += ["", _head(report), _summary(report)]
     return "\n".join(lines)
 
 

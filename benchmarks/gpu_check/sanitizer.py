@@ -25,6 +25,8 @@ OPS = ("kv_write", "copy_blocks", "sample", "paged_attention", "group_advantages
        "logits_policy_loss")  # fmt: skip
 """Ops with CUDA kernels of our own; those of cuBLAS are not ours to judge."""
 _ERROR_CODE = 97
+_PATIENCE = 45
+"""Seconds for one launch of torch's."""
 _ALONE = "import torch; torch.ones(64, device='cuda').sum().item()"
 
 
@@ -35,7 +37,12 @@ def run(request: Request, recorder: Recorder) -> None:
     if program is None or reason:
         recorder.skip("compute-sanitizer", reason or "not found")
         return
-    code, output = _sanitize(program, "memcheck", [sys.executable, "-c", _ALONE], request, 40)
+    code, output = _sanitize(
+        program, "memcheck", [sys.executable, "-c", _ALONE], request, _PATIENCE
+    )
+    if code is None:
+        recorder.skip("compute-sanitizer", f"torch alone took more than {_PATIENCE} s under it")
+        return
     if code != 0:
         recorder.skip("compute-sanitizer", f"does not work here: {_first_error(output)}")
         return

@@ -8,111 +8,16 @@
 // on the vocabulary and the dtype alone.
 
 #include "cuda/launch.cuh"
+#include "linear_token_stats/coefficients.cuh"
 #include "linear_token_stats/launch.h"
-#include "linear_token_stats/program.cuh"
 #include "linear_token_stats/row.cuh"
 
 namespace eapo::cuda {
 namespace {
 
-constexpr float kLn2 = 0.6931471805599453f;
 constexpr int64_t kComfort = 228 * 1024 / kResident - 1024;  // of shared memory; 1 KiB is CUDA's
 constexpr int64_t kLine = 8;  // vectors
 static_assert(sizeof(Meeting) % 16 == 0);
-
-// What is read of a row besides its logits, early, since it is far away.
-struct Token {
-  int64_t target;
-  float share, old_logprob, advantage, factor, ref_logprob;
-};
-
-__device__ float at_or(const float* values, int64_t i, float missing) {
-  return values == nullptr ? missing : values[i];
-}
-
-__device__ Token token_of(const RunRowsArgs& args, int64_t source) {
-  return {args.targets[source],
-          at_or(args.weights, source, 0.0f),
-          at_or(args.old_logprob, source, 0.0f),
-          at_or(args.advantages, source, 0.0f),
-          at_or(args.factor, source, 1.0f),
-          at_or(args.ref_logprob, source, 0.0f)};
-}
-
-// Statistics of a row and the coefficients of its gradient.
-struct Found {
-  float logprob, entropy, loss, a, b;
-};
-
-template <cpu::Surrogate kSurrogate>
-__device__ void run_program(const RunRowsArgs& args, const Token& token, Found& found) {
-  float ratio, slope, direct, kl;
-  bool moves, low, high, dual;
-  program::ratio_terms(found.logprob - token.old_logprob, 20.0f, ratio, moves);
-  program::token_terms<kSurrogate>(
-      found.logprob, ratio, moves, token.advantage, token.factor,
-      found.logprob - token.ref_logprob, found.entropy, args.least, args.most, args.delta,
-      args.beta, args.entropy_coef, args.kl, args.factor != nullptr, args.ref_logprob != nullptr,
-      args.beta != 0.0f, args.entropy_coef != 0.0f, found.loss, slope, direct, kl, low, high, dual);
-  found.a = token.share * (slope + direct);
-  found.b = args.entropy_coef == 0.0f ? 0.0f : -args.entropy_coef * token.share;
-}
-
-__device__ Found evaluate(const RunRowsArgs& args, int64_t source, const Token& token,
-                          const Sums& sums, float scale) {
-  const float log_mass = logf(sums.mass);
-  const bool known = token.target >= 0 && token.target < args.vocab;
-  Found found{known ? kLn2 * fmaf(sums.hit, scale, -sums.base) - log_mass : NAN,
-              log_mass - kLn2 * (sums.moment / sums.mass), 0.0f, 0.0f, 0.0f};
-  if (args.weights == nullptr) {
-    found.a = at_or(args.gradient ? args.a : nullptr, source, 0.0f);
-    found.b = at_or(args.gradient ? args.b : nullptr, source, 0.0f);
-    return found;
-  }
-  switch (args.surrogate) {
-    case cpu::Surrogate::kClip: run_program<cpu::Surrogate::kClip>(args, token, found); break;
-    case cpu::Surrogate::kDetachedClip:
-      run_program<cpu::Surrogate::kDetachedClip>(args, token, found);
-      break;
-    case cpu::Surrogate::kNone: run_program<cpu::Surrogate::kNone>(args, token, found); break;
-    default: run_program<cpu::Surrogate::kReinforce>(args, token, found);
-  }
-  return found;
-}
-
-__device__ void publish(const RunRowsArgs& args, int64_t source, const Sums& sums,
-                        const Found& found) {
-  args.logprob[source] = found.logprob;
-  args.entropy[source] = found.entropy;
-  if (args.state != nullptr) {
-    float* state = args.state + source * args.state_stride;
-    state[0] = sums.top * args.inverse;
-    state[1] = sums.mass;
-    state[2] = kLn2 * sums.moment;
-  }
-  if (args.weights == nullptr) return;
-  args.a[source] = found.a;
-  if (args.b != nullptr) args.b[source] = found.b;
-  args.losses[source] = found.loss;
-}
-
-// The gradient of a logit but for the one-hot term: 2^d (level + tilt d).
-struct Bend {
-  float scale, base, level, tilt;
-
-  __device__ Bend(const RunRowsArgs& args, const Sums& sums, const Found& found, float scale)
-      : scale(scale), base(sums.base) {
-    const float each = -args.inverse / sums.mass;
-    level = each * (found.a - found.b * kLn2 * (sums.moment / sums.mass));
-    tilt = each * found.b * kLn2;
-  }
-  template <bool kTilted>
-  __device__ float of(float x) const {
-    const float d = fmaf(x, scale, -base);
-    const float factor = kTilted ? fmaf(tilt, fmaxf(d, Sums::kFar), level) : level;
-    return fast_exp2(d) * factor;
-  }
-};
 
 template <typename T>
 __device__ Sums sums_of(const Part<T>& part, float scale, int64_t target) {
@@ -131,8 +36,7 @@ __device__ Sums sums_of(const Part<T>& part, float scale, int64_t target) {
       sums.add(x, scale);
     }
   }
-  const int own = part.own_vector(target);
-  if (own >= 0) sums.hit = to_float(reinterpret_cast<const T*>(part.kept + own)[target % kWide<T>]);
+  if (part.owns(target)) sums.hit = part.at(target);
   return sums;
 }
 
@@ -153,17 +57,17 @@ template <typename T>
 __device__ Row<T> row_of(const RunRowsArgs& args, int64_t place, int64_t start, int64_t stop) {
   if (start + place >= stop) return {};
   const int64_t source = args.rows[start + place];
-  const T* z =
-      static_cast<const T*>(args.z) + (args.given ? source : place) * args.z_stride;
+  const T* z = static_cast<const T*>(args.z) + (args.given ? source : place) * args.z_stride;
   return {true, source, place, z};
 }
 
 // Writes value(x) for every logit x of the part, and fetches the next row in its place.
-template <typename T, typename Out, typename Value>
-__device__ void stream(Part<T>& part, Out* out, const Row<T>& next, Value value) {
+template <bool kStore, typename T, typename Out, typename Value>
+__device__ void stream(Part<T>& part, Out* row, const Row<T>& next, Value value) {
   constexpr int kPair = 2;  // vectors of a thread at once
-  const bool fast = (!next.there || is_aligned(next.z, 16)) &&
-                    is_aligned(out, kWide<T> * static_cast<int>(sizeof(Out)));
+  Out* const out = kStore ? row + part.first : nullptr;
+  const T* const z = next.there ? next.z + part.first : nullptr;
+  const bool fast = is_aligned(z, 16) && is_aligned(out, kWide<T> * int{sizeof(Out)});
   const int size = part.stage_size();
   float x[kPair][kWide<T>];
 #pragma unroll 1
@@ -171,7 +75,7 @@ __device__ void stream(Part<T>& part, Out* out, const Row<T>& next, Value value)
     const int stop = min(part.count, (stage + 1) * size), whole = fast ? min(stop, part.whole) : 0;
     int i = stage * size + static_cast<int>(threadIdx.x);
     for (; i + (kPair - 1) * kThreads < whole; i += kPair * kThreads) {
-      if (out != nullptr) {
+      if constexpr (kStore) {
 #pragma unroll
         for (int c = 0; c < kPair; ++c) open_vector<T>(part.kept[i + c * kThreads], x[c]);
 #pragma unroll
@@ -183,11 +87,11 @@ __device__ void stream(Part<T>& part, Out* out, const Row<T>& next, Value value)
       }
       if (next.there) {
 #pragma unroll
-        for (int c = 0; c < kPair; ++c) part.fetch_fast(next.z, i + c * kThreads);
+        for (int c = 0; c < kPair; ++c) part.fetch_fast(z, i + c * kThreads);
       }
     }
     for (; i < stop; i += kThreads) {
-      if (out != nullptr) {
+      if constexpr (kStore) {
         open_vector<T>(part.kept[i], x[0]);
 #pragma unroll
         for (float& entry : x[0]) entry = value(entry);
@@ -199,9 +103,9 @@ __device__ void stream(Part<T>& part, Out* out, const Row<T>& next, Value value)
       }
       if (!next.there) continue;
       if (i < whole) {
-        part.fetch_fast(next.z, i);
+        part.fetch_fast(z, i);
       } else {
-        part.fetch(next.z, i);
+        part.fetch(z, i);
       }
     }
     commit_copies();
@@ -213,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     rows(const __grid_constant__ RunRowsArgs args) {
   Meeting& meeting = *static_cast<Meeting*>(dynamic_shared());
   const int blocks = args.cluster, rank = static_cast<int>(blockIdx.x) % blocks;
-  Part<T> part(&meeting + 1, args.vocab, rank * args.part, args.part);
+  Part<T> part(&meeting + 1, args.vocab, rank * args.part * kWide<T>, args.part);
   const float scale = args.inverse * kLog2e;
   const int64_t start = args.span[0], stop = min(args.span[1], start + args.size);
   const int64_t clusters = gridDim.x / static_cast<unsigned>(blocks);
@@ -222,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (threadIdx.x < 2) meeting.boxes[threadIdx.x].open();
   Out* const nowhere = nullptr;
   const auto zero = [](float) { return 0.0f; };
-  stream(part, nowhere, row, zero);
+  stream<false>(part, nowhere, row, zero);
   cluster_sync();
   for (int turn = 0; row.there; ++turn) {
     const Row<T> next = row_of<T>(args, row.place + clusters, start, stop);
@@ -238,16 +142,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
     Out* const out = static_cast<Out*>(args.out) +
                      (args.given ? row.source : row.place) * args.out_stride;
     if (!args.gradient || (flat && !args.zeros)) {
-      stream(part, nowhere, next, zero);
+      stream<false>(part, nowhere, next, zero);
     } else if (flat) {
-      stream(part, out, next, zero);
+      stream<true>(part, out, next, zero);
     } else {
       if (found.b == 0.0f) {
-        stream(part, out, next, [&](float x) { return bend.template of<false>(x); });
+        stream<true>(part, out, next, [&](float x) { return bend.template of<false>(x); });
       } else {
-        stream(part, out, next, [&](float x) { return bend.template of<true>(x); });
+        stream<true>(part, out, next, [&](float x) { return bend.template of<true>(x); });
       }
-      if (part.own_vector(token.target) >= 0) {  // the one-hot term, by who wrote the entry
+      if (part.owns(token.target)) {  // the one-hot term, by who wrote the entry
         const float step = found.logprob > minus_infinity() ? found.a * args.inverse : 0.0f;
         out[token.target] = from_float<Out>(step + bend.template of<true>(sums.hit));
       }

@@ -18,6 +18,14 @@ constexpr int kWide = 16 / static_cast<int>(sizeof(T));  // values of a vector
 template <typename T>
 constexpr int kChunk = sizeof(T) == 4 ? 4 : 2;  // vectors of a thread that are summed up at once
 
+// Four bytes of -inf.
+template <typename T>
+inline constexpr unsigned kNone = 0xff800000u;
+template <>
+inline constexpr unsigned kNone<__nv_bfloat16> = 0xff80ff80u;
+template <>
+inline constexpr unsigned kNone<__half> = 0xfc00fc00u;
+
 // The values of four bytes, and back.
 template <typename T>
 __device__ inline void open_word(unsigned word, float* x) {
@@ -62,19 +70,18 @@ __device__ inline uint4 close_vector(const float* x) {
           close_word<T>(x + 3 * kEach)};
 }
 
-// Part of a row that one block holds: vectors `first` ... `first + count` of it. A thread reads and
-// writes every kThreads-th of them, which nobody else touches.
+// Part of a row that one block holds: `count` vectors from entry `first` on. A thread reads and
+// writes every kThreads-th of them, which nobody else touches. Pointers to rows are to their part.
 template <typename T>
 struct Part {
   uint4* kept;
-  int first, count, vocab;
-  int whole;  // how many are not cut off by the row's end
+  int first, entries;  // from the first one to the row's end
+  int count, whole;    // vectors, and how many the row's end does not cut off
 
   __device__ Part(void* memory, int vocab, int first, int most)
-      : kept(static_cast<uint4*>(memory)), first(first), vocab(vocab) {
-    const int vectors = (vocab + kWide<T> - 1) / kWide<T>;
-    count = max(0, min(most, vectors - first));
-    whole = max(0, min(count, vocab / kWide<T> - first));
+      : kept(static_cast<uint4*>(memory)), first(first), entries(max(0, vocab - first)) {
+    count = min(most, (entries + kWide<T> - 1) / kWide<T>);
+    whole = min(count, entries / kWide<T>);
   }
 
   // Vectors of a stage; a thread has whole chunks of them.
@@ -82,51 +89,49 @@ struct Part {
     constexpr int kUnit = kChunk<T> * kThreads;
     return (count + kStages * kUnit - 1) / (kStages * kUnit) * kUnit;
   }
-  __device__ int column(int i) const { return (first + i) * kWide<T>; }
 
   // Vector i if it is before `stop`, else -inf.
   __device__ uint4 vector(int i, int stop) const {
-    constexpr unsigned kNone = sizeof(T) == 4                         ? 0xff800000u
-                               : std::is_same_v<T, __nv_bfloat16> ? 0xff80ff80u
-                                                                  : 0xfc00fc00u;
-    return i < stop ? kept[i] : uint4{kNone, kNone, kNone, kNone};
+    return i < stop ? kept[i] : uint4{kNone<T>, kNone<T>, kNone<T>, kNone<T>};
   }
 
-  // Which of this block's vectors holds an entry, if this thread has it; else -1.
-  __device__ int own_vector(int64_t entry) const {
-    const int64_t i = entry / kWide<T> - first;
-    const bool mine = entry >= 0 && entry < vocab && i >= 0 && i < count;
-    return mine && i % kThreads == threadIdx.x ? static_cast<int>(i) : -1;
+  // Whether this thread has an entry of the row.
+  __device__ bool owns(int64_t entry) const {
+    const int64_t i = (entry - first) / kWide<T>;
+    return entry >= first && entry - first < entries && i < count && i % kThreads == threadIdx.x;
+  }
+  __device__ float at(int64_t entry) const {
+    return to_float(reinterpret_cast<const T*>(kept)[entry - first]);
   }
 
   // Brings vector i of the row at `z` here; behind the row's end it is -inf.
   __device__ void fetch(const T* z, int i) {
-    const int start = column(i);
+    const int start = i * kWide<T>;
     float x[kWide<T>];
 #pragma unroll
     for (int w = 0; w < kWide<T>; ++w)
-      x[w] = start + w < vocab ? to_float(z[start + w]) : minus_infinity();
+      x[w] = start + w < entries ? to_float(z[start + w]) : minus_infinity();
     kept[i] = close_vector<T>(x);
   }
 
   // Writes the values of vector i to the row at `out`.
   template <typename Out>
   __device__ void store(Out* out, int i, const float* x) const {
-    const int start = column(i);
+    const int start = i * kWide<T>;
 #pragma unroll
     for (int w = 0; w < kWide<T>; ++w)
-      if (start + w < vocab) out[start + w] = from_float<Out>(x[w]);
+      if (start + w < entries) out[start + w] = from_float<Out>(x[w]);
   }
 
   // The same in one or two accesses, for whole vectors of aligned rows.
-  __device__ void fetch_fast(const T* z, int i) { copy_async(kept + i, z + column(i)); }
+  __device__ void fetch_fast(const T* z, int i) { copy_async(kept + i, z + i * kWide<T>); }
   template <typename Out>
   __device__ void store_fast(Out* out, int i, const float* x) const {
     if constexpr (sizeof(Out) == sizeof(T)) {
-      *reinterpret_cast<uint4*>(out + column(i)) = close_vector<Out>(x);
+      *reinterpret_cast<uint4*>(out + i * kWide<T>) = close_vector<Out>(x);
     } else {
       static_assert(kWide<T> == 4 && sizeof(Out) == 2);
-      *reinterpret_cast<uint2*>(out + column(i)) = {close_word<Out>(x), close_word<Out>(x + 2)};
+      *reinterpret_cast<uint2*>(out + i * kWide<T>) = {close_word<Out>(x), close_word<Out>(x + 2)};
     }
   }
 };

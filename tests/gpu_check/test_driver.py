@@ -201,6 +201,9 @@ def test_report(tmp_path: Path) -> None:
     for part in ("FAILED  not exact", "<= 155         pass", ">= 0.9         MISS", "needs z"):
         assert part in text
     assert "1 of 2 checks hold, 1 of 2 bars are reached; not in order: a; skipped: b" in text
+    last = text[text.index("Bars:") :].splitlines()
+    assert [line.split()[0] for line in last[1:4]] == ["fast", "slow", "FAILED"]
+    assert last[3] == "FAILED  not exact"
     assert report.exit_code(found) == 1
     missed = [{**stages[0], "status": "passed"}, stages[1]]
     assert report.exit_code({**found, "stages": missed}) == 0
@@ -248,6 +251,25 @@ def test_a_run_without_a_gpu(
     assert states == {"environment": "passed", "tests": "passed", "sanitizer": "skipped"}
     assert found["environment"]["modules"]["torch"] is True
     assert "there is no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("torch_says", "device"), [(None, "cuda"), ("NVIDIA H200", "cuda"), ("", "")]
+)
+def test_a_gpu_is_found_without_torch(
+    torch_says: str | None, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first import of torch may outlast its box; a torch for CPUs has no use for a GPU."""
+    import gpu_check.__main__ as driver
+    from gpu_check.runner import Outcome
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = driver._Run(driver._options(["--out", str(tmp_path)]))
+    records = [{"kind": "note", "name": "environment", "gpu": "NVIDIA H200", "modules": {}}]
+    if torch_says is not None:
+        records.append({"kind": "note", "name": "torch", "gpu": torch_says, "torch": "2.11.0"})
+    run._learn([Outcome("environment", "timed out", 40.0, records)])
+    assert run.device == device
 
 
 def test_missing_packages_skip_what_needs_them(

@@ -244,7 +244,9 @@ def test_bad_input_is_named() -> None:
         ({"logits": logits.long()}, "logits: "),
         ({"temperature": 0.0}, "temperature: got 0.0, allowed is a finite number above 0"),
         ({"recipe": "eapo"}, "recipe: got 'eapo', a Recipe is needed"),
-        ({"backend": "triton"}, "has no 'triton' implementation"),
+        ({"backend": "flash"}, "has no 'flash' implementation"),
+        ({"backend": "cuda"}, "cannot run on 'cuda' here"),
+        ({"backend": "cuda", "recipe": recipes.get("siren")}, "truncated entropy"),
         ({"backend": "cpu", "logits": logits.half()}, "it reads float32 and bfloat16"),
         ({"backend": "cpu", "recipe": recipes.get("siren")}, "truncated entropy"),
     ):

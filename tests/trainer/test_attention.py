@@ -140,3 +140,22 @@ def test_torch_s_own_kernel_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     assert attention._torch_varlen() is None
     attention._torch_varlen.cache_clear()
+
+
+def test_autocast_reaches_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rotary embedding of a float32 model leaves queries and keys in float32."""
+    query, key, value = inputs()
+    want = attend(monkeypatch, [query, key, value])
+    seen = []
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        seen.extend(x.dtype for x in args[:3])
+        return torch_varlen(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(attention, "_flash_varlen", lambda: None)
+    monkeypatch.setattr(attention, "_torch_varlen", lambda: noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attend(monkeypatch, [query.float(), key.float(), value])
+    assert seen == [torch.bfloat16] * 3
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=2**-7)

@@ -122,6 +122,7 @@ def _attend(
     window = sliding_window or _current.windows.get(getattr(module, "layer_idx", None))
     sinks: Tensor | None = unused.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    query, key, value = _autocast(query, key, value)
     whole = _row_kernel(query, dropout, scale, window, softcap) if sinks is None else None
     if whole is not None:
         longest = max(row.lengths)
@@ -134,6 +135,18 @@ def _attend(
         for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in autocast's dtype where it is on, as it would cast them for SDPA.
+
+    Rotary embeddings of float32 models leave queries and keys in float32.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _row_kernel(
