@@ -35,7 +35,7 @@ def head_into(model: PreTrainedModel, out: Tensor) -> Iterator[None]:
         if get_ident() != thread or not _fits(rows, weight, out, before):
             return own(x)  # type: ignore[no-any-return, misc]
         if bias:
-            torch.addmm(*bias, rows, weight.t(), out=out)
+            torch.addmm(bias[0], rows, weight.t(), out=out)
         else:
             torch.mm(rows, weight.t(), out=out)
         return out.view(*x.shape[:-1], -1)
