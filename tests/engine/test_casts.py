@@ -66,6 +66,27 @@ def test_an_update_is_seen(make_model: Callable[..., Any], on_cpu: None) -> None
     assert kept == places, "captured forwards read them where they lie"
 
 
+def test_products_of_one_input_share_its_cast(make_model: Callable[..., Any], on_cpu: None) -> None:
+    model = make_model(spread=0.15)
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(3, 32)
+    with torch.no_grad(), casts.cast_weights(model):
+        inputs = vars(attention.q_proj)["forward"].inputs
+        assert inputs is vars(model.lm_head)["forward"].inputs
+        want = attention.k_proj(x.clone())
+        attention.q_proj(x)
+        first = inputs.cast(x, torch.bfloat16)
+        assert torch.equal(attention.k_proj(x), want)
+        assert inputs.cast(x, torch.bfloat16) is first
+        x.mul_(2.0)  # exact in bfloat16
+        assert torch.equal(inputs.cast(x, torch.bfloat16), 2 * first)
+        other = x.bfloat16()
+        assert inputs.cast(other, torch.bfloat16) is other
+        assert inputs.cast(x.double(), torch.bfloat16).dtype == torch.float64
+        assert inputs.cast(x, torch.float16).dtype == torch.float16
+    assert inputs._last is None
+
+
 def test_gradients_take_the_weights_themselves(
     make_model: Callable[..., Any], on_cpu: None
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from eapo_fast import SamplingParams
-from eapo_fast.engine import Sampler, SamplerConfig
+from eapo_fast.engine import Sampler, SamplerConfig, casts
 from eapo_fast.engine.cache import PagedCache
 from eapo_fast.engine.forward import PagedForward
 from eapo_fast.engine.graphs import DecodeGraphs, bucket_rows
@@ -345,12 +345,24 @@ def test_new_captures_take_a_new_pool(
     assert pools.graphs == {0: 0, 1: 0, 2: 2}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(("kind", "copies"), [("qwen2", 0), ("phi", 0), ("gemma2", 1)])
 def test_logits_are_written_where_they_stay(
-    kind: str, copies: int, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    copies: int,
+    autocast: bool,
+    make_model: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The head (Phi's has a bias) writes them; capped ones are copied, and are the same."""
     model = make_model(kind, spread=0.15)
+    monkeypatch.setattr(casts, "_wanted", lambda _: torch.bfloat16 if autocast else None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), casts.cast_weights(model):
+        _written_where_they_stay(model, copies, monkeypatch)
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def _written_where_they_stay(model: Any, copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = DecodeGraphs(model, PagedCache(8, 4), windows={}, capture=False)
     expected = graphs.forward(decode_plan(4))
     assert expected is not None
@@ -369,7 +381,6 @@ def test_logits_are_written_where_they_stay(
         graphs._run_into(out, lambda: graphs._run(size, buffers, 0))
     assert sum(into is out for into in copied) == copies
     assert torch.equal(out, expected)
-    assert "forward" not in vars(model.get_output_embeddings())
 
 
 def test_the_head_writes_for_its_own_thread_and_rows_only(make_model: Callable[..., Any]) -> None:

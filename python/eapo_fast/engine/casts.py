@@ -18,6 +18,28 @@ from torch.nn import functional as F
 from eapo_fast.engine.mode import Step, held_together
 
 
+class _Inputs:
+    """The input that was cast last: the products of one input share its copy."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, int, Tensor] | None = None
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `x` as autocast would hand it to a product, which casts float32 and 16 bits."""
+        if x.dtype == dtype or x.dtype == torch.float64 or type(x) is not Tensor:
+            return x
+        if x.is_inference():  # changes are not counted there
+            return x
+        last = self._last
+        if last is None or last[0] is not x or last[1] != x._version or last[2].dtype != dtype:
+            last = self._last = x, x._version, x.to(dtype)
+        return last[2]
+
+    def forget(self) -> None:
+        """Let go of it."""
+        self._last = None
+
+
 class CastLinear:
     """The forward of a linear module while it is sampled under autocast.
 
@@ -26,6 +48,7 @@ class CastLinear:
 
     def __init__(self, module: nn.Linear, dtype: torch.dtype) -> None:
         self._module, self.dtype = module, dtype
+        self.inputs = _Inputs()
         with torch.inference_mode(False):
             self.copies = [torch.empty_like(x, dtype=dtype) for x in self.sources()]
 
@@ -37,7 +60,7 @@ class CastLinear:
         if torch.get_autocast_dtype(kind) != self.dtype:
             return nn.Linear.forward(self._module, x)
         weight, *bias = self.copies
-        return F.linear(x, weight, *bias)
+        return F.linear(self.inputs.cast(x, self.dtype), weight, *bias)
 
     def sources(self) -> list[Tensor]:
         """Return the weight and, if there is one, the bias."""
@@ -100,12 +123,16 @@ def _replace(model: nn.Module, modules: list[nn.Module], dtype: torch.dtype) -> 
         cast = before.get(module)
         kept[module] = cast if cast and cast.fits(dtype) else CastLinear(module, dtype)
     _casts[model] = kept
+    inputs = _Inputs()
     for module, cast in kept.items():
         for copy, source in zip(cast.copies, cast.sources(), strict=True):
             copy.copy_(source)
+        cast.inputs = inputs
         vars(module)["forward"] = cast
 
 
 def _undo(modules: list[nn.Module]) -> None:
     for module in modules:
-        vars(module).pop("forward", None)
+        cast = vars(module).pop("forward", None)
+        if isinstance(cast, CastLinear):
+            cast.inputs.forget()

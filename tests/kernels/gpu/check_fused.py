@@ -295,7 +295,7 @@ def test_what_does_not_reach_attention_is_an_error(
     """A module that changes its habits after paged attention relied on them."""
     model = make_model().to(device)
     sampler = Sampler(model, config=SamplerConfig(block_size=4))
-    params = SamplingParams(max_tokens=4, temperature=0.0)
+    params = SamplingParams(max_tokens=2, temperature=0.0)
     with fused_modules(model):
         expected = sampler.generate([[5, 6, 7]], params)
         attention = model.model.layers[1].self_attn
