@@ -48,14 +48,20 @@ _PEER_ROOM = 20.0
 
 
 def run(request: Request, recorder: Recorder) -> None:
-    """Measure every head and number of rows; ours first, then the peers."""
+    """Measure every head and number of rows; ours first, then the peers.
+
+    Our own CUDA kernel has a process of its own (option "rows": "cuda"): one that faults takes the
+    device from whatever comes after it.
+    """
     from eapo_fast import recipes
 
+    in_cuda = request.options.get("rows") == "cuda"
     recipe = recipes.get("eapo")
     ceilings = measure_ceilings(request, recorder)
     heads = loss_work.SMALL_HEADS if request.small else loss_work.HEADS
     sizes = loss_work.SMALL_ROWS if request.small else loss_work.ROWS
-    sides = [s for s in SIDES if s != "auto" or request.device == "cpu"]
+    sides = [s for s in SIDES if SIDES[s][1] == in_cuda]
+    sides = [s for s in sides if s != "auto" or request.device == "cpu"]
     sides = [side for side in sides if _takes(side, request, recorder, recipe)]
     times: dict[tuple[str, int], float] = {}
     for head, (width, vocab) in heads.items():
@@ -71,7 +77,7 @@ def run(request: Request, recorder: Recorder) -> None:
         with recorder.guard(f"given logits of the {head} head", optional=True):
             _given_logits(head, vocab, ceilings, request, recorder)
         release(request.device)
-    for head, (width, vocab) in heads.items():
+    for head, (width, vocab) in () if in_cuda else heads.items():
         work = loss_work.build(sizes[-1], width, vocab, request.device, request.seed, recipe)
         for rows in sizes:
             _peers(work.slices(rows), head, times.get((head, rows)), request, recorder)
@@ -226,7 +232,7 @@ def _given_logits(
     usual = dict(triton_row_pass.SHAPES)
     for dtype in (torch.bfloat16, torch.float32):
         logits, ask = _given(rows, vocab, dtype, request)
-        for backend in ("triton", "cuda"):
+        for backend in (request.options.get("rows", "triton"),):
             shapes = SHAPES if backend == "triton" else ((0, 0, 0),)
             for shape in shapes[:1] if request.small else shapes:
                 how = f"{backend} {shape}" if shape[0] else backend

@@ -87,6 +87,27 @@ def test_products_of_one_input_share_its_cast(make_model: Callable[..., Any], on
     assert inputs._last is None
 
 
+def test_a_module_left_out_once_keeps_its_copy(
+    make_model: Callable[..., Any], on_cpu: None
+) -> None:
+    model = make_model()
+    layer = model.model.layers[0].mlp.up_proj
+
+    def place() -> int:
+        with casts.cast_weights(model):
+            pass
+        return int(casts._casts[model][layer].copies[0].data_ptr())
+
+    first = place()
+    vars(layer)["forward"] = type(layer).forward.__get__(layer)  # somebody's own
+    assert place() == first
+    del vars(layer)["forward"]
+    assert place() == first
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
+    with casts.cast_weights(model):
+        assert layer not in casts._casts[model]
+
+
 def test_gradients_take_the_weights_themselves(
     make_model: Callable[..., Any], on_cpu: None
 ) -> None:

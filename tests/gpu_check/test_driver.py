@@ -224,7 +224,7 @@ def test_picks_and_boxes() -> None:
     from gpu_check.environment import PACKAGES
 
     assert _picked("") == {s.name for s in STAGES}
-    benchmarks = {f"bench_{name}" for name in ("loss", "sampler", "step", "kernels")}
+    benchmarks = {f"bench_{name}" for name in ("loss", "loss_cuda", "sampler", "step", "kernels")}
     assert _picked("cuda, benchmarks") == {"cuda", *benchmarks}
     with pytest.raises(SystemExit, match=r"got smapler; there are bench_kernels"):
         _picked("smapler")

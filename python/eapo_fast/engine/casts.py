@@ -116,15 +116,15 @@ def _takes(module: nn.Module, dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def _replace(model: nn.Module, modules: list[nn.Module], dtype: torch.dtype) -> None:
-    before = _casts.get(model, {})
-    kept: dict[nn.Module, CastLinear] = {}
+    there = set(model.modules())
+    kept = {module: cast for module, cast in _casts.get(model, {}).items() if module in there}
+    _casts[model] = kept  # also of modules left out this time: captured forwards may read them yet
+    inputs = _Inputs()
     for module in modules:
         assert isinstance(module, nn.Linear)
-        cast = before.get(module)
-        kept[module] = cast if cast and cast.fits(dtype) else CastLinear(module, dtype)
-    _casts[model] = kept
-    inputs = _Inputs()
-    for module, cast in kept.items():
+        cast = kept.get(module)
+        if cast is None or not cast.fits(dtype):
+            cast = kept[module] = CastLinear(module, dtype)
         for copy, source in zip(cast.copies, cast.sources(), strict=True):
             copy.copy_(source)
         cast.inputs = inputs
