@@ -86,6 +86,13 @@ def triton_lines() -> list[str]:
             if rows:
                 note = "statistics of siren" if launch.constants["STATISTICS"] else "its gradient"
             lines.append(triton_line(triton_aot, launch, capability, note))
+        note = "float32, its gradient bfloat16"
+        lines.append(triton_line(triton_aot, losses.library_rows(), capability, note))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            note = f"given logits, {str(dtype).removeprefix('torch.')}"
+            for launch in losses.given_launches(dtype):
+                if launch.name.endswith("_rows"):
+                    lines.append(triton_line(triton_aot, launch, capability, note))
     return lines
 
 

@@ -127,11 +127,8 @@ def test_lengths_do_not_recompile(name: str) -> None:
         assert variants(launches_of(name, rows=rows, chunk=16, **length)) <= want
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_logits_policy_loss(dtype: torch.dtype, capability: int) -> None:
-    """Rows of a large vocabulary: statistics are read ahead, 16 bytes at a time; no stack."""
-    vocab, rows = 151_936, 6
+def given_launches(dtype: torch.dtype, *, vocab: int = 151_936, rows: int = 6) -> list[Launch]:
+    """Launches of a loss over given logits and of its way back."""
     batch = ops.PolicyBatch(
         old_logprob=torch.zeros(rows), advantages=torch.ones(2), cu_seqlens=torch.tensor([0, 4, 6]),
         mask=torch.ones(rows, dtype=torch.bool),
@@ -142,7 +139,29 @@ def test_logits_policy_loss(dtype: torch.dtype, capability: int) -> None:
         given.logits_policy_loss(
             logits, targets, batch, recipes.get("eapo"), 0.7, False
         ).loss.backward()
-    by_name = {launch.name: launch for launch in launches}
+    return launches
+
+
+def library_rows(*, vocab: int = 151_936, rows: int = 6) -> Launch:
+    """The launch between the library's products: a bfloat16 gradient over float32 logits."""
+    own = row_pass.RowPass(torch.zeros(rows, dtype=torch.int64), vocab_size=vocab)
+    batch = ops.PolicyBatch(
+        old_logprob=torch.zeros(rows), advantages=torch.ones(2), cu_seqlens=torch.tensor([0, 4, 6])
+    )
+    slab = torch.zeros(rows, vocab)
+    with recorded(row_pass, losses) as launches:
+        own.launch(
+            slab, slab.view(torch.bfloat16), own.span(0, rows), statistics=True, gradient=True,
+            program=triton_plan.program_of(batch, recipes.get("eapo")), zeros=True,
+        )  # fmt: skip
+    return next(x for x in launches if x.name == "run_rows")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_policy_loss(dtype: torch.dtype, capability: int) -> None:
+    """Rows of a large vocabulary: statistics are read ahead, 16 bytes at a time; no stack."""
+    by_name = {launch.name: launch for launch in given_launches(dtype)}
     assert set(by_name) == {"run_rows", "evaluate", "count_live", "clear_rows", "scale_rows"}
     for name in ("run_rows", "clear_rows", "scale_rows"):
         found = compiled(by_name[name], capability)
@@ -155,18 +174,7 @@ def test_logits_policy_loss(dtype: torch.dtype, capability: int) -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_rows_of_the_library_s_products(capability: int) -> None:
-    """A bfloat16 gradient over float32 logits."""
-    rows = row_pass.RowPass(torch.zeros(6, dtype=torch.int64), vocab_size=151_936)
-    batch = ops.PolicyBatch(
-        old_logprob=torch.zeros(6), advantages=torch.ones(2), cu_seqlens=torch.tensor([0, 4, 6])
-    )
-    slab = torch.zeros(6, 151_936)
-    with recorded(row_pass, losses) as launches:
-        rows.launch(
-            slab, slab.view(torch.bfloat16), rows.span(0, 6), statistics=True, gradient=True,
-            program=triton_plan.program_of(batch, recipes.get("eapo")), zeros=True,
-        )  # fmt: skip
-    found = compiled(next(x for x in launches if x.name == "run_rows"), capability)
+def test_rows_of_the_library(capability: int) -> None:
+    found = compiled(library_rows(), capability)
     assert found.stack == 0
     assert found.registers <= 64
