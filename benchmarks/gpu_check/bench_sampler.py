@@ -103,8 +103,8 @@ def _measure(
             ]
             steps = _timed_steps(session, case.rows)
             totals.append(time.perf_counter() - start)
-            if len(totals) == 2:
-                error = _logprob_error(model, session, rows)
+            chosen = [(p, session.row(seq)) for p, seq in rows[:: max(1, len(rows) // 6)]]
+    error = _logprob_error(model, chosen)  # outside of the session: by transformers' own forward
     recorder.check(f"log-probabilities, {name}", error < TOLERANCE, largest_error=error)
     spent = statistics.median(steps)
     parts = floor_parts(model, case, ceilings, request)
@@ -142,10 +142,10 @@ def _timed_steps(session: Any, rows: int) -> list[float]:
 
 
 @torch.no_grad()
-def _logprob_error(model: Any, session: Any, rows: list[tuple[list[int], int]]) -> float:
+@torch.no_grad()
+def _logprob_error(model: Any, rows: list[tuple[list[int], Any]]) -> float:
     worst = 0.0
-    for prompt, seq in rows[:: max(1, len(rows) // 6)]:
-        row = session.row(seq)
+    for prompt, row in rows:
         ids = torch.tensor([[*prompt, *row.token_ids.tolist()]], device=model.device)
         logits = model(ids, logits_to_keep=len(row.token_ids) + 1).logits[0, :-1].float()
         tokens = torch.from_numpy(row.token_ids).to(model.device)

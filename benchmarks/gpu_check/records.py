@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 class RefusedError(Exception):
     """A backend cannot run an op here: a finding, not a failure."""
@@ -93,9 +95,11 @@ class Recorder:
 
     def skip(self, name: str, reason: str) -> None:
         """Write down what was not done, and why; the same for an op's other dtypes is left out."""
-        if f"{name.split(' ')[0]} {reason}" in self._reasons:
+        first, _, last = name.rpartition(" ")
+        key = f"{first if last in _DTYPES else name}: {reason}"
+        if key in self._reasons:
             return
-        self._reasons.add(f"{name.split(' ')[0]} {reason}")
+        self._reasons.add(key)
         self._add("skip", name, reason=reason)
 
     def note(self, name: str, **detail: Any) -> None:

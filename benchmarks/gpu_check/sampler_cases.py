@@ -188,13 +188,13 @@ def rms_norm(trial: Trial) -> None:
     widths = (1, 48, 100) if trial.small else (1, 64, 100, 896, 1536, 3584, 8192, 10_001)
     for width in widths:
         rows, form = rng.randrange(1, 9 if trial.small else 700), rng.choice(FORMS)
-        x, residual = trial.normal(rows, width + 3)[:, 2:-1], trial.normal(rows, width)
-        weight = trial.normal(width)
-        inputs = [x.to(trial.device), weight.to(trial.device), 1e-5]
+        wide, residual = trial.normal(rows, width + 3), trial.normal(rows, width)
+        x, weight = wide[:, 2:-1], trial.normal(width)
+        inputs = [wide.to(trial.device)[:, 2:-1], weight.to(trial.device), 1e-5]
         want = op(x.double(), weight.double(), 1e-5, **form, backend="reference")
         got = trial.call(op, *inputs, **form)
         trial.compare(f"{rows} rows of {width}, {form}", got, want, _rounding(trial))
-        total, normed = trial.call(add, x.to(trial.device), residual.to(trial.device),
+        total, normed = trial.call(add, inputs[0], residual.to(trial.device),
                                    *inputs[1:], **form)  # fmt: skip
         _equal(trial, f"sum of {rows} x {width}", [total], [x + residual])
         again = trial.call(op, total, *inputs[1:], **form)

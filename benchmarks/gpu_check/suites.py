@@ -53,6 +53,10 @@ def run(request: Request, recorder: Recorder) -> None:
         list(pool.map(lambda pair: _run_files(request, recorder, *pair), groups.items()))
 
 
+_MOST = {"triton": 12, "cuda": 6}
+"""Processes at most: each has a context of its own on the GPU."""
+
+
 def _on_cuda(name: str, root: Path) -> bool:
     own = (root / "kernels" / name / "kernel.cu").exists()
     return own or name.startswith("cuda_") or name in _BOTH
@@ -65,6 +69,7 @@ def _run_files(request: Request, recorder: Recorder, backend: str, names: list[s
         command += ["-k", _QUICK[1]]
     elif request.device == "cuda" and find_spec("xdist"):
         processes = max(2, len(os.sched_getaffinity(0)) // _SHARES[backend])
+        processes = min(processes, _MOST[backend])
         command += ["-n", str(processes)]
     log = Path(request.work) / f"checks-{backend}.txt"
     with log.open("w") as output:

@@ -96,7 +96,7 @@ def test_a_module_left_out_once_keeps_its_copy(
     def place() -> int:
         with casts.cast_weights(model):
             pass
-        return int(casts._casts[model][layer].copies[0].data_ptr())
+        return int(casts._casts[model][layer, torch.bfloat16].copies[0].data_ptr())
 
     first = place()
     vars(layer)["forward"] = type(layer).forward.__get__(layer)  # somebody's own
@@ -105,7 +105,7 @@ def test_a_module_left_out_once_keeps_its_copy(
     assert place() == first
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
     with casts.cast_weights(model):
-        assert layer not in casts._casts[model]
+        assert (layer, torch.bfloat16) not in casts._casts[model]
 
 
 def test_gradients_take_the_weights_themselves(

@@ -298,12 +298,15 @@ class FakePools:
 
     def __init__(self) -> None:
         self.graphs: dict[int, int] = {}
+        self.streams: list[Any] = []
 
     def handle(self) -> int:
         return len(self.graphs)
 
-    def graph(self, graph: Any, *, pool: int, capture_error_mode: str) -> Any:
+    def graph(self, graph: Any, *, pool: int, stream: Any, capture_error_mode: str) -> Any:
         assert capture_error_mode == "thread_local"
+        assert stream is self.streams[0]
+        assert len(self.streams) == 1
         if self.graphs.get(pool) == 0:
             raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
         self.graphs[pool] = self.graphs.get(pool, 0) + 1
@@ -325,7 +328,7 @@ def test_new_captures_take_a_new_pool(
     pools = FakePools()
     stream = SimpleNamespace(wait_stream=lambda other: None)
     fakes = {
-        "Stream": lambda: stream,
+        "Stream": lambda device: pools.streams.append(stream) or stream,
         "current_stream": lambda: stream,
         "stream": lambda _: nullcontext(),
         "graph_pool_handle": pools.handle,

@@ -311,6 +311,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "device": lambda _: nullcontext(),
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda *_: None,

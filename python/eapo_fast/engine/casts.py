@@ -67,13 +67,15 @@ class CastLinear:
         found = [self._module.weight.detach()]
         return found if self._module.bias is None else [*found, self._module.bias.detach()]
 
-    def fits(self, dtype: torch.dtype) -> bool:
-        """Whether the copies are in `dtype`, and still like what they are copies of."""
+    def fits(self) -> bool:
+        """Whether the copies are still like what they are copies of."""
         mine = [(x.shape, x.device) for x in self.copies]
-        return self.dtype == dtype and mine == [(x.shape, x.device) for x in self.sources()]
+        return mine == [(x.shape, x.device) for x in self.sources()]
 
 
-_casts: WeakKeyDictionary[nn.Module, dict[nn.Module, CastLinear]] = WeakKeyDictionary()
+_Key = tuple[nn.Module, torch.dtype]
+
+_casts: WeakKeyDictionary[nn.Module, dict[_Key, CastLinear]] = WeakKeyDictionary()
 """Of each model that was sampled so, while it lives."""
 
 
@@ -117,14 +119,14 @@ def _takes(module: nn.Module, dtype: torch.dtype) -> bool:
 @torch.no_grad()
 def _replace(model: nn.Module, modules: list[nn.Module], dtype: torch.dtype) -> None:
     there = set(model.modules())
-    kept = {module: cast for module, cast in _casts.get(model, {}).items() if module in there}
+    kept = {key: cast for key, cast in _casts.get(model, {}).items() if key[0] in there}
     _casts[model] = kept  # also of modules left out this time: captured forwards may read them yet
     inputs = _Inputs()
     for module in modules:
         assert isinstance(module, nn.Linear)
-        cast = kept.get(module)
-        if cast is None or not cast.fits(dtype):
-            cast = kept[module] = CastLinear(module, dtype)
+        cast = kept.get((module, dtype))
+        if cast is None or not cast.fits():
+            cast = kept[module, dtype] = CastLinear(module, dtype)
         for copy, source in zip(cast.copies, cast.sources(), strict=True):
             copy.copy_(source)
         cast.inputs = inputs

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from inspect import Parameter, signature
+from itertools import product
 from typing import Any
 
 import torch
@@ -126,14 +127,15 @@ def _layer_agrees(cls: Any, own: Forward, form: _Form, target: Target) -> bool:
         layer.self_attn, layer.mlp = _Attention(), nn.Tanh()
         layer.input_layernorm, layer.post_attention_layernorm = nn.Softsign(), nn.Softplus()
         layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm = nn.ELU(), nn.Sigmoid()
-        x, token = sample(target, torch.float32, 3, 8), object()
-        names = list(_optional(own))
+        token, names = object(), list(_optional(own))
         fused = _layer_forward(layer, form, None, target)
-        for arguments in ({}, {names[0]: token, "of_its_own": token}, dict.fromkeys(names, token)):
+        calls = ({}, {names[0]: token, "of_its_own": token}, dict.fromkeys(names, token))
+        for dtype, arguments in product(target.dtypes, calls):  # others run its own forward
+            x = sample(target, dtype, 3, 8)
             want, found = own(layer, x, **arguments), fused(x, **arguments)
             if type(found) is not type(want) or not torch.equal(found, want):
                 return False
         got: list[dict[str, Any]] = layer.self_attn.got
-        return got[::2] == got[1::2]
+        return bool(got) and got[::2] == got[1::2]
 
     return trial(run)

@@ -156,6 +156,7 @@ class DecodeGraphs:
         self._baked: object = None
         self._logits: Tensor | None = None
         self._pool: Any = None
+        self._side: Any = None
 
     def refresh(self) -> None:
         """Forget captured forwards that no longer are the model's; once before each sampling."""
@@ -236,7 +237,9 @@ class DecodeGraphs:
         Writing the same keys to the same slots again changes nothing, so a real step may warm up.
         All graphs share one memory pool and one buffer of logits: only one of them runs at a time.
         """
-        side = torch.cuda.Stream()
+        if self._side is None:  # one for all: libraries keep memory for every stream
+            self._side = torch.cuda.Stream(self._device)
+        side = self._side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             logits = run()
@@ -250,7 +253,9 @@ class DecodeGraphs:
         out = self._logits[: len(logits)]
         graph = torch.cuda.CUDAGraph()
         # Other threads (scoring, an expert's model) may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+        ):
             self._run_into(out, run)
         return _Captured(graph.replay, out)
 

@@ -66,7 +66,7 @@ def _fits(rows: Tensor, weight: Tensor, out: Tensor, cast: CastLinear | None) ->
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return (
         not torch.is_grad_enabled()
-        and autocast == (None if cast is None else cast.dtype)
+        and (autocast in (None, weight.dtype) if cast is None else autocast == cast.dtype)
         and all(type(x) in (Tensor, nn.Parameter) for x in (rows, weight))
         and (rows.dtype, rows.device) == (weight.dtype, weight.device) == (out.dtype, out.device)
         and out.shape == (len(rows), len(weight))

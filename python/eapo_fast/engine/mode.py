@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -87,6 +87,11 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
 def _set_training(modules: list[torch.nn.Module], training: bool) -> None:
     for module in modules:
         module.training = training
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one, since kernels are launched there wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:

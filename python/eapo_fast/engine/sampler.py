@@ -16,7 +16,7 @@ from eapo_fast.engine.forward import PagedForward
 from eapo_fast.engine.fused import fused_modules
 from eapo_fast.engine.graphs import DecodeGraphs
 from eapo_fast.engine.limits import context_limit, vocab_size
-from eapo_fast.engine.mode import compute_dtype, sampling_mode
+from eapo_fast.engine.mode import compute_dtype, current_device, sampling_mode
 from eapo_fast.engine.params import Completion, SamplerConfig, SamplingParams, token_list
 from eapo_fast.engine.pool import Pool, WeightsVersion, affordable_blocks, host_blocks
 from eapo_fast.engine.requests import check_ids, check_prompts, params_of_each, prompt_lists
@@ -182,6 +182,19 @@ class Sampler:
 
     @contextmanager
     def _open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        foreign_tokens: int,
+    ) -> Iterator[Session]:
+        with (
+            current_device(self.model.device),
+            self._opened(prompts, params, foreign_tokens) as session,
+        ):
+            yield session
+
+    @contextmanager
+    def _opened(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
