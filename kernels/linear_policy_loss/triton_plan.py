@@ -161,7 +161,7 @@ def program_of(batch: PolicyBatch, recipe: Recipe) -> dict[str, Any]:
     least, most, delta = triton_kernel.bounds_of(recipe)
     found: dict[str, Any] = {
         "old_logprob": batch.old_logprob.float().contiguous(),
-        "advantages": advantages[sequence] if len(advantages) == sequences else advantages,
+        "advantages": advantages[sequence] if len(advantages) == sequences else advantages.clone(),
         "weights": _weights(batch, recipe, cu_seqlens)[sequence],
         **triton_kernel.constants_of(recipe),
         "least": least,

@@ -134,7 +134,7 @@ def launch(
         a=own.a,
         b=own.b,
         losses=own.losses,
-        state=own.state,
+        state=own.state if statistics else None,
         out=out if gradient else None,
         program=program,
         temperature=own.temperature,

@@ -159,8 +159,9 @@ class LibraryHead(TritonHead):
         """Make the logits of the rows of a slab."""
         if self._slab is None or len(self._slab) < span.size:
             width = -(-self.vocab // _ALIGNED) * _ALIGNED
+            rows = max(span.size, self.slab_rows(keep=True))  # once, for later spans too
             self._slab = None  # before there are two
-            self._slab = torch.empty(span.size, width, device=self.source.device)
+            self._slab = torch.empty(rows, width, device=self.source.device)
         stop = span.start + span.size
         if self._in_order():
             self._own = self.source[span.start : stop]
@@ -211,7 +212,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> 
     if left.dtype == kind:
         (torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out))
     elif out.device.type != "cuda":
-        found = left.to(kind) @ right.to(kind)
+        found = torch.mm(left.to(kind), right.to(kind), out=torch.empty_like(out))
         (out.add_(found) if add else out.copy_(found))
     elif not add:
         torch.mm(left, right, out_dtype=kind, out=out)

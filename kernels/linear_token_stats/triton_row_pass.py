@@ -82,7 +82,7 @@ class RowPass:
         live: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         count, device = len(targets), targets.device
-        self.targets, self.vocab = targets, vocab_size
+        self.targets, self.vocab = targets.contiguous(), vocab_size
         self.temperature, self.softcap = temperature, softcap
         self.bias = None if bias is None else bias.float().contiguous()
         self.bans = _sorted(banned, count) if banned is not None and len(banned[0]) else None

@@ -40,6 +40,28 @@ def _ban(row, starts, ids, source):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _slope(  # type: ignore[no-untyped-def]
+    x, column, vocab, target, step, bracket, slope_b, slope_c, top, log_mass, border, last,
+    log_kept, level, bias, inverse, cap, BIAS: tl.constexpr, CAP: tl.constexpr,
+    THIRD: tl.constexpr,
+):  # fmt: skip
+    """The gradient of logits `x` of a row whose statistics and coefficients are known."""
+    y = scaled(x, bias, column, column < vocab, inverse, cap, BIAS, CAP)
+    log_p = tl.maximum(y - top - log_mass, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    p = tl.exp2(log_p * LOG2E)
+    dy = tl.where(column == target, step, 0.0) - p * (bracket + slope_b * log_p)
+    if THIRD:
+        inside = kept_of(y, column, border, last)
+        log_q = tl.where(inside, y - top - log_kept, 0.0)
+        q = tl.where(inside, tl.exp2(log_q * LOG2E), 0.0)
+        dy -= slope_c * q * (log_q + level)
+    if CAP:
+        bend = tl.where(y == float("-inf"), 0.0, y / (cap * inverse))
+        dy = dy * (1.0 - bend * bend)
+    return dy * inverse
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def run_rows(  # type: ignore[no-untyped-def]
     z,  # [C, V] logits, or with GIVEN [N, V]
     out,  # their gradients, or where they are to be; may be the memory of `z`
@@ -214,31 +236,37 @@ def run_rows(  # type: ignore[no-untyped-def]
             return
         step = tl.where(logprob > float("-inf"), slope_a, 0.0)
         bracket = slope_a + slope_b * entropy
+        border = 0.0
+        last = 0
+        log_kept = 0.0
+        level = 0.0
         if THIRD:
             kept = tl.load(own + 5)
             border = tl.load(own + 7)
             last = tl.load(own + 8).to(tl.int32)
             log_kept = tl.log(tl.where(kept > 0.0, kept, 1.0))
             level = log_kept - tl.load(own + 6) / tl.where(kept > 0.0, kept, 1.0)
-        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-            column = start + lane
-            there = column < vocab
-            x = tl.load(row + column, mask=there, other=0.0).to(tl.float32)
-            y = scaled(x, bias, column, there, inverse, cap, BIAS, CAP)
-            log_p = tl.maximum(y - top - log_mass, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-            p = tl.exp2(log_p * LOG2E)
-            dy = tl.where(column == target, step, 0.0) - p * (bracket + slope_b * log_p)
-            if THIRD:
-                inside = kept_of(y, column, border, last)
-                log_q = tl.where(inside, y - top - log_kept, 0.0)
-                q = tl.where(inside, tl.exp2(log_q * LOG2E), 0.0)
-                dy -= slope_c * q * (log_q + level)
-            if CAP:
-                bend = tl.where(y == float("-inf"), 0.0, y / (cap * inverse))
-                dy = dy * (1.0 - bend * bend)
-            if out.dtype.element_ty.primitive_bitwidth < z.dtype.element_ty.primitive_bitwidth:
-                tl.debug_barrier()
-            tl.store(changed + column, (dy * inverse).to(out.dtype.element_ty), mask=there)
+        if out.dtype.element_ty.primitive_bitwidth < z.dtype.element_ty.primitive_bitwidth:
+            ahead = tl.load(row + lane, mask=lane < vocab, other=0.0)
+            for start in range(0, vocab, BLOCK):
+                column = start + lane
+                x = ahead.to(tl.float32)
+                ahead = tl.load(row + column + BLOCK, mask=column + BLOCK < vocab, other=0.0)
+                dy = _slope(
+                    x, column, vocab, target, step, bracket, slope_b, slope_c, top, log_mass,
+                    border, last, log_kept, level, bias, inverse, cap, BIAS, CAP, THIRD,
+                )  # fmt: skip
+                tl.debug_barrier()  # all have read what is written over
+                tl.store(changed + column, dy.to(out.dtype.element_ty), mask=column < vocab)
+        else:
+            for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
+                column = start + lane
+                x = tl.load(row + column, mask=column < vocab, other=0.0).to(tl.float32)
+                dy = _slope(
+                    x, column, vocab, target, step, bracket, slope_b, slope_c, top, log_mass,
+                    border, last, log_kept, level, bias, inverse, cap, BIAS, CAP, THIRD,
+                )  # fmt: skip
+                tl.store(changed + column, dy.to(out.dtype.element_ty), mask=column < vocab)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

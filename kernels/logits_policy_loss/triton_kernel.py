@@ -41,7 +41,7 @@ def logits_policy_loss(
     """Return the loss of a checked batch, float32; `rows_of` says who launches its rows."""
     source = logits.detach()
     packed = source.stride(1) == 1 and source.stride(0) >= source.shape[1]
-    source = source if packed else source.contiguous()
+    source = source if packed else source.clone(memory_format=torch.contiguous_format)
     live = None if batch.mask is None else listed(batch.mask != 0)
     rows = rows_of(
         targets.long().contiguous(),

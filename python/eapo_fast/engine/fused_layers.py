@@ -129,7 +129,11 @@ def _layer_agrees(cls: Any, own: Forward, form: _Form, target: Target) -> bool:
         layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm = nn.ELU(), nn.Sigmoid()
         token, names = object(), list(_optional(own))
         fused = _layer_forward(layer, form, None, target)
-        calls = ({}, {names[0]: token, "of_its_own": token}, dict.fromkeys(names, token))
+        calls: tuple[dict[str, Any], ...] = (
+            {},
+            {names[0]: token, "of_its_own": token},
+            dict.fromkeys(names, token),
+        )
         for dtype, arguments in product(target.dtypes, calls):  # others run its own forward
             x = sample(target, dtype, 3, 8)
             want, found = own(layer, x, **arguments), fused(x, **arguments)

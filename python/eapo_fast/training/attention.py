@@ -1,7 +1,7 @@
 """Training attention over a packed row: causal inside each sequence, never a T x T mask.
 
 On a GPU one launch takes the whole row: flash-attn's varlen kernel where it is installed, else that
-of torch (2.10 or newer). Elsewhere, and for what neither has, every sequence goes through SDPA on
+of torch (2.11 or newer). Elsewhere, and for what neither has, every sequence goes through SDPA on
 its own L x L triangle. Soft caps and sinks, which SDPA lacks, are written out.
 """
 
@@ -99,8 +99,10 @@ def _torch_varlen() -> Callable[..., Tensor] | None:
     if not torch.backends.cuda.is_flash_attention_available():
         return None
     kernel: Callable[..., Any] = varlen.varlen_attn
-    named = "enable_gqa" in inspect.signature(kernel).parameters  # before, it asks for nothing
-    return partial(kernel, enable_gqa=True) if named else kernel
+    given = set(inspect.signature(kernel).parameters)
+    if not {"scale", "window_size"} <= given:
+        return None
+    return partial(kernel, enable_gqa=True) if "enable_gqa" in given else kernel
 
 
 def _attend(
@@ -123,7 +125,8 @@ def _attend(
     sinks: Tensor | None = unused.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     query, key, value = _autocast(query, key, value)
-    whole = _row_kernel(query, dropout, scale, window, softcap) if sinks is None else None
+    fits = sinks is None and value.shape[-1] == query.shape[-1]
+    whole = _row_kernel(query, dropout, scale, window, softcap) if fits else None
     if whole is not None:
         longest = max(row.lengths)
         inputs = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -153,7 +156,7 @@ def _row_kernel(
     query: Tensor, dropout: float, scale: float, window: int | None, softcap: float | None
 ) -> Callable[..., Tensor] | None:
     """Return what attends to a packed row in one launch: q, k, v [T, H, D], borders, lengths."""
-    if not _on_gpu(query) or query.dtype == torch.float32:
+    if not _on_gpu(query) or query.dtype not in (torch.bfloat16, torch.float16):
         return None
     sizes = (window - 1, 0) if window else (-1, -1)
     flash = _flash_varlen()

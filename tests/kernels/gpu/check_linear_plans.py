@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from check_linear_loss import BACKEND, CU, batch_of, compare, head, loss, on
+from check_linear_loss import BACKEND, CU, assert_close, batch_of, compare, head, loss, on
 
 from eapo_fast import ops, recipes
 from eapo_fast.kernels.linear_policy_loss import operator, triton_plan, triton_slabs
@@ -232,6 +232,42 @@ def test_rows_in_cuda(
     bias = torch.linspace(-1, 1, 70)
     compare(head(CU[-1], 70, dtype=dtype), batch_of(), recipe, device, bias=bias)
     assert len(taken) == before, "a bias is Triton's"
+
+
+@pytest.mark.parametrize("name", ["eapo", "gspo"])
+def test_inputs_at_a_distance(name: str, device: torch.device) -> None:
+    """Targets, old log-probabilities and advantages that are columns of something, or expanded."""
+    hidden, weight, targets = head(CU[-1], 60)
+    batch = batch_of()
+    lengths = torch.tensor(CU).diff()
+    per_token = batch.advantages.repeat_interleave(lengths)
+
+    def column(values: torch.Tensor) -> torch.Tensor:
+        return torch.stack([values, values.flip(0)], 1)[:, 0]
+
+    def on_a_device(values: torch.Tensor) -> torch.Tensor:
+        return torch.stack([values, values.flip(0)], 1).to(device)[:, 0]
+
+    for advantages in (on_a_device(per_token), torch.tensor([1.3], device=device).expand(CU[-1])):
+        plain = replace(batch, advantages=advantages.cpu().contiguous())
+        recipe = recipes.get(name).replace(beta=0.05)
+        want, wanted = loss((hidden, weight, targets), plain, recipe, None, chunk_size=16)
+        there = replace(
+            on(batch, device), advantages=advantages,
+            old_logprob=on_a_device(batch.old_logprob),
+        )  # fmt: skip
+        leaves = [x.to(device).requires_grad_() for x in (hidden, weight)]
+        found = ops.linear_policy_loss(
+            *leaves, on_a_device(targets), there, recipe, backend=BACKEND, chunk_size=16
+        )
+        assert_close(found.loss, want.loss, torch.float32)
+        for got, exact in zip(torch.autograd.grad(found.loss * 3, leaves), wanted, strict=True):
+            assert_close(got, exact, torch.float32)
+    stats = ops.linear_token_stats(
+        hidden.to(device), weight.to(device), on_a_device(targets), backend=BACKEND
+    )
+    exact = ops.linear_token_stats(hidden.double(), weight.double(), column(targets))
+    assert_close(stats.logprob, exact.logprob, torch.float32)
 
 
 def test_rows_in_order_are_not_moved() -> None:

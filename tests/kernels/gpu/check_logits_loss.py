@@ -149,6 +149,29 @@ def test_parts_of_wider_rows(name: str, device: torch.device) -> None:
     assert not gradient[:, :5].any()
 
 
+def test_logits_that_are_not_rows_are_left_alone(device: torch.device) -> None:
+    """One row of a transposed product, and logits behind each other by column."""
+    (logits, targets), batch = logits_of(300), batch_of()
+    recipe = recipes.get("eapo")
+    want, wanted = loss(logits, targets, batch, recipe, device)
+    by_column = logits.T.contiguous().to(device).T.requires_grad_()
+    kept = by_column.detach().clone()
+    found = ops.logits_policy_loss(
+        by_column, targets.to(device), on(batch, device), recipe, backend=BACKEND
+    )
+    (gradient,) = torch.autograd.grad(found.loss * -2, by_column)
+    assert torch.equal(by_column.detach(), kept)
+    assert torch.equal(found.loss, want.loss)
+    assert torch.equal(gradient, wanted)
+    one = ops.PolicyBatch(
+        old_logprob=torch.zeros(1), advantages=torch.ones(1), cu_seqlens=torch.tensor([0, 1])
+    )
+    row = torch.randn(300, 1, device=device).T.requires_grad_()
+    kept = row.detach().clone()
+    ops.logits_policy_loss(row, targets[:1].to(device), on(one, device), recipe, backend=BACKEND)
+    assert torch.equal(row.detach(), kept)
+
+
 def test_in_place_is_the_memory_of_the_logits(device: torch.device) -> None:
     (logits, targets), batch = logits_of(300), batch_of()
     leaf = logits.to(device).requires_grad_()
