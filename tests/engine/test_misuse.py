@@ -14,6 +14,7 @@ import torch
 
 from eapo_fast import SamplingParams
 from eapo_fast.engine import Rules, Sampler, SamplerConfig
+from eapo_fast.engine import attention as attention_module
 from eapo_fast.errors import ConfigError, ModelError
 
 PROMPTS = [[5, 6, 7], list(range(8, 40)), [40, 41, 42, 43]]
@@ -72,6 +73,7 @@ def test_an_interrupt_anywhere_leaves_no_mark(make_model: Callable[..., Any]) ->
             assert model.config._attn_implementation == attention
             assert all(module.training for module in model.modules())
             assert not any("forward" in vars(module) for module in model.modules())
+            assert attention_module._current.get() is None
     finally:
         signal.signal(signal.SIGALRM, old)
     assert hits > 10

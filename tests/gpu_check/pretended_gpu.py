@@ -11,6 +11,7 @@ this folder on the path) it covers a whole run.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+import eapo_fast
 
 GPU = torch.device("cuda", 0)
 _FREE = 8 << 30
@@ -333,6 +336,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setitem(sys.modules, "eapo_fast._cuda", None)  # it would see what they are
+    monkeypatch.delattr(eapo_fast, "_cuda", raising=False)
     for name in ("to", "cuda"):
         monkeypatch.setattr(torch.nn.Module, name, _moving(getattr(torch.nn.Module, name)))
     monkeypatch.setattr(torch.version, "cuda", "13.0")

@@ -230,7 +230,7 @@ def test_retained_graph_can_be_walked_twice():
         ({"targets": torch.zeros(16).long()}, r"targets: got shape \[16\], allowed is \[17\]"),
         ({"targets": torch.full((17,), 99)}, r"targets: got values from 99 to 99"),
         ({"hidden": torch.zeros(3, 4)}, r"targets: got shape \[17\], allowed is \[3\]"),
-        ({"backend": "cuda"}, r"linear_policy_loss has no 'cuda' implementation"),
+        ({"backend": "flash"}, r"linear_policy_loss has no 'flash' implementation"),
         ({"recipe": recipes.get("dr_grpo")}, r"divides by max_length"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, dict) else "",

@@ -265,7 +265,7 @@ def test_no_rows():
         ({"banned": (torch.tensor([11]), torch.tensor([0]))}, r"banned rows: got values from 11"),
         ({"banned": (torch.tensor([1]), torch.tensor([0, 1]))}, r"banned ids: got shape \[2\]"),
         ({"extras": ("max_logprobs",)}, r"extras: got 'max_logprobs'.*Did you mean 'max_logprob'"),
-        ({"backend": "cuda"}, r"linear_token_stats has no 'cuda' implementation"),
+        ({"backend": "flash"}, r"linear_token_stats has no 'flash' implementation"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, dict) else "",
 )

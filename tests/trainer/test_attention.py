@@ -124,18 +124,20 @@ def test_torch_s_own_kernel_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatc
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
 
-    def new(*, enable_gqa: bool = False) -> bool:
+    def new(*, scale: Any = None, window_size: Any = None, enable_gqa: bool = False) -> bool:
         return enable_gqa
 
-    def old() -> str:
-        return "old"
+    def torch_2_11(*, scale: Any = None, window_size: Any = None) -> str:
+        return "2.11"
 
-    for kernel, want in ((new, True), (old, "old")):
+    def torch_2_10(*, is_causal: bool = False) -> None:
+        pytest.fail("it knows no windows")
+
+    for kernel, want in ((new, True), (torch_2_11, "2.11"), (torch_2_10, None)):
         attention._torch_varlen.cache_clear()
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
         own = attention._torch_varlen()
-        assert own is not None
-        assert own() == want
+        assert (None if own is None else own()) == want
     attention._torch_varlen.cache_clear()
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     assert attention._torch_varlen() is None

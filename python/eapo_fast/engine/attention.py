@@ -125,14 +125,18 @@ def turn_of(config: Any) -> threading.RLock:
 @contextmanager
 def paged_forward(model: PreTrainedModel, step: PagedStep) -> Iterator[None]:
     """Run the model's forward on a paged step; its own attention is back afterwards."""
-    rotations = Rotations()
-    token = _current.set(_Running(step, CallCounter(), rotations))
-    try:
+    rotations, before = Rotations(), _current.get()
+
+    def undo() -> None:
+        _current.set(before)
+
+    try:  # nothing is set outside of it, where an interrupt would leave it set
+        _current.set(_Running(step, CallCounter(), rotations))
         with attention_as(model, NAME):
             yield
         rotations.finish()
     finally:
-        _current.reset(token)
+        surely(undo)
 
 
 def rotations_of_this_forward() -> Rotations | None:

@@ -63,13 +63,13 @@ def attention_calls(
 
     The attention of this forward is all zeros; `limit` is the model's context in tokens.
     """
-    recording = _Recording(limit)
-    token = _recording.set(recording)
+    recording, before = _Recording(limit), _recording.get()
     try:
+        _recording.set(recording)
         with torch.no_grad(), attention_as(model, NAME):
             model(input_ids=input_ids, use_cache=False, return_dict=True)
     finally:
-        _recording.reset(token)
+        _recording.set(before)
     return tuple(recording.calls)
 
 

@@ -59,8 +59,9 @@ def varlen_attention(
             `layer_idx` (`layer_windows`).
     """
     global _current
-    outer, _current = _current, _Running(row, windows or {})
+    outer = _current
     try:
+        _current = _Running(row, windows or {})
         with attention_as(model, NAME):
             yield
     finally:
