@@ -215,13 +215,15 @@ def _slab_bytes(work: Work, side: str) -> float:
     from eapo_fast.kernels.linear_token_stats.library_head import LibraryHead
     from eapo_fast.kernels.linear_token_stats.triton_kernel import TritonHead
 
-    kind = TritonHead if SIDES[side][0] == "triton" else LibraryHead
-    head = kind(
+    library = SIDES[side][0] != "triton"
+    head = (LibraryHead if library else TritonHead)(
         work.hidden.detach(), work.weight.detach(), work.targets, bias=None, temperature=1.0,
         softcap=None, vocab_size=len(work.weight), banned=None, chunk_size=None,
     )  # fmt: skip
-    parts = spans(len(work.hidden), head.slab_rows(keep=True), even=True)
-    return 4.0 * max(stop - start for start, stop in parts) * len(work.weight)
+    rows = head.slab_rows(keep=True)  # the library's head makes it once, for the longest span
+    if not library:
+        rows = max(stop - start for start, stop in spans(len(work.hidden), rows, even=True))
+    return 4.0 * rows * len(work.weight)
 
 
 def _given_logits(
