@@ -20,8 +20,7 @@ def row_list(batch: PolicyBatch, recipe: Recipe) -> RowList:
     count, device = len(batch.old_logprob), batch.old_logprob.device
     single = recipe.locality == "token-local" and recipe.entropy_band is None
     if batch.mask is None and single and not skips(recipe):
-        rows = torch.arange(count, device=device)
-        return RowList(rows, torch.full((1,), count, device=device), count, count, [], True)
+        return _all_rows(count, device, [])
     live = torch.ones(count, dtype=torch.bool, device=device)
     if batch.mask is not None:
         live = batch.mask != 0
@@ -37,8 +36,7 @@ def row_list(batch: PolicyBatch, recipe: Recipe) -> RowList:
         known, moving = sum(rows for rows, _ in counted), sum(lengths)
         moves = live & _spread(of_sequence[1] > 0, ends, count)
     if known == moving == count:
-        rows = torch.arange(count, device=device)
-        return RowList(rows, torch.full((1,), count, device=device), count, count, lengths, True)
+        return _all_rows(count, device, lengths)
     order = (2 - live.to(torch.uint8) - moves.to(torch.uint8)).argsort(stable=True)
     return RowList(order, live.sum().view(1), known, moving, lengths, False)
 
@@ -52,6 +50,12 @@ def skips(recipe: Recipe) -> bool:
         and not recipe.beta
         and not recipe.entropy_coef
     )
+
+
+def _all_rows(count: int, device: torch.device, lengths: list[int]) -> RowList:
+    """List 0 ... count - 1."""
+    rows = torch.arange(count, device=device)
+    return RowList(rows, torch.full((1,), count, device=device), count, count, lengths, True)
 
 
 def _with_advantage(batch: PolicyBatch) -> Tensor:

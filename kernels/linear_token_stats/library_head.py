@@ -225,7 +225,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> 
 
 @cache
 def _adds_in_float32(device: torch.device) -> bool:
-    """Return whether this torch adds a product of bfloat16 numbers to float32 ones (2.11 does)."""
+    """Return whether this torch adds a product of bfloat16 numbers to float32 ones; it is tried."""
     total = torch.zeros(16, 16, device=device)
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     try:

@@ -58,9 +58,9 @@ def logits_policy_loss(
             "auto": the first that can.
 
     Raises `ValueError` for arguments that do not fit and for a backend that cannot run here;
-    `NonFiniteError`, on a CPU, for a token whose logits hold a NaN, an infinity, or -inf alone. On
-    a GPU the loss is NaN then, and `LossOutput.check` raises. On a GPU
-    the gradient is scaled where it lies: a second way back through one loss is a `RuntimeError`.
+    `NonFiniteError`, on a CPU, for a token whose logits hold a NaN, an infinity, or -inf alone; on
+    a GPU the loss is NaN then, and `LossOutput.check` raises. "triton" and "cuda" scale the
+    gradient where it lies: a second way back through one loss is a `RuntimeError`.
     """
     check_tensor("logits", logits, ["N", "V"], FLOATS)
     if not isinstance(recipe, Recipe):

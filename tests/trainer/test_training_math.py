@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from eapo_fast import EAPOConfig
+from eapo_fast import EAPOConfig, ops
 from eapo_fast.kernels import checks
 from eapo_fast.rollout import Rollout, Segment
 from eapo_fast.training.attention import PackedRow
@@ -240,3 +240,31 @@ def test_kl_to_the_reference_starts_at_zero(
 )  # fmt: skip
 def test_learning_rate(kind: str, step: int, rate: float) -> None:
     assert LearningRate(1.0, kind, 10, 100).at(step) == pytest.approx(rate)
+
+
+def test_bf16_multiplies_the_head_in_bfloat16_and_trains_float32_weights(
+    make_model: Callable[..., Any], rollouts: list[Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As autocast does with every other product; gradients near those of float32."""
+    model = make_model(spread=0.15)
+    given: list[tuple[torch.dtype, torch.dtype]] = []
+    loss = ops.linear_policy_loss
+
+    def noted(hidden: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given.append((hidden.dtype, weight.dtype))
+        return loss(hidden, weight, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "linear_policy_loss", noted)
+    found = {}
+    for bf16 in (False, True):
+        args = EAPOConfig(bf16=bf16, learning_rate=0.0)
+        updater = Updater(model, args, resolve_recipe(args), LearningRate(0.0, "constant", 0, 1))
+        model.zero_grad(set_to_none=True)
+        updater._backward(rollouts, ADVANTAGES)
+        found[bf16] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert given == [(torch.float32,) * 2, (torch.bfloat16,) * 2]
+    assert found[True].keys() == found[False].keys()
+    for name, want in found[False].items():
+        got = found[True][name]
+        assert got.dtype == torch.float32
+        assert (got - want).norm() <= 0.1 * want.norm() + 1e-6, name

@@ -1,8 +1,9 @@
 """Weights that autocast would cast, cast once for the time of a sampling call.
 
-A captured forward cannot keep what autocast casts: it would cast every weight at every step, which
-for a small model takes half as long as the step. So its linear modules get a copy of their weight
-in autocast's dtype, written anew when sampling begins; the products are autocast's own.
+A captured forward cannot keep what autocast casts: it would read every float32 weight and write its
+copy at every step, where a decode step otherwise reads the copy alone. So its linear modules get a
+copy of their weight in autocast's dtype, written anew when sampling begins; the products are
+autocast's own.
 """
 
 from __future__ import annotations
